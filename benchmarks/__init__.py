@@ -1,0 +1,1 @@
+"""Speed, size and quality of finished graphs, and the report."""

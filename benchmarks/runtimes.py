@@ -1,0 +1,148 @@
+"""How each runtime is described (in the parent) and opened (in the worker).
+
+A new baseline is one more row of `RUNTIMES`. Nothing heavy is imported until a function is called:
+the memory of an ONNX worker must not hold PyTorch.
+"""
+
+import hashlib
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calib_data.errors import ConfigError, ProviderError
+
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is known of a variant before it runs."""
+
+    task: str
+    signature: Any  # compress.signature.Signature
+    processor: Any
+    max_length: int | None
+    lineage: tuple[Mapping[str, Any], ...]
+    size_bytes: int
+    sha256: Mapping[str, str]  # per weight file
+    output: str | None = None  # the output that the task is about
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to run; only `run` is timed."""
+
+    prepare: Callable[[Arrays], Any]  # arrays → what `run` takes
+    run: Callable[[Any], Any]
+    collect: Callable[[Any], Arrays]  # what `run` returned → arrays by name
+    providers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The two things to know about a runtime."""
+
+    describe: Callable[[str], Source]
+    open: Callable[[str, str, int], Loaded]  # (model, provider, threads)
+
+
+def find_runtime(name: str) -> Runtime:
+    """Return the runtime called `name`: a row of `RUNTIMES`, or `package.module:attribute`."""
+    if name in RUNTIMES:
+        return RUNTIMES[name]
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"runtime {name!r} is unknown; use one of {', '.join(RUNTIMES)}"
+        ) from error
+
+
+def _describe_checkpoint(model: str) -> Source:
+    from compress.checkpoint import weights_of, weights_sha256
+    from compress.loading import open_checkpoint
+
+    checkpoint = open_checkpoint(model)
+    # The weights' own bytes: a hub id or a factory has no file of its own to weigh.
+    tensors = weights_of(checkpoint.module).values()
+    return Source(
+        task=checkpoint.task,
+        signature=checkpoint.signature,
+        processor=checkpoint.processor,
+        max_length=checkpoint.max_length,
+        lineage=tuple(checkpoint.lineage),
+        size_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        sha256={"weights": weights_sha256(checkpoint.module)},
+        output=checkpoint.output,
+    )
+
+
+def _open_checkpoint(model: str, provider: str, threads: int) -> Loaded:
+    import torch
+
+    torch.set_num_threads(threads)
+    torch.set_num_interop_threads(1)
+    from compress.loading import open_checkpoint
+
+    checkpoint = open_checkpoint(model)
+    device = "cpu"
+    if provider == "cuda":
+        if not torch.cuda.is_available():
+            raise ProviderError("PyTorch finds no CUDA device; use --provider cpu")
+        device = "cuda"
+        checkpoint.module.to(device)
+    return Loaded(
+        # copied: PyTorch warns of arrays that it may not write to
+        prepare=lambda batch: {k: torch.from_numpy(v.copy()).to(device) for k, v in batch.items()},
+        run=checkpoint.predict,
+        collect=lambda outputs: outputs,
+        providers=(f"torch:{device}",),
+    )
+
+
+def _describe_bundle(model: str) -> Source:
+    from export.bundle import open_bundle
+
+    bundle = open_bundle(model)
+    files = sorted(bundle.model_path.parent.glob(f"{bundle.model_path.name}*"))
+    return Source(
+        task=bundle.task,
+        signature=bundle.signature,
+        processor=bundle.processor,
+        max_length=bundle.max_length,
+        lineage=tuple(bundle.lineage),
+        size_bytes=bundle.size_bytes,
+        sha256={file.name: _file_sha256(file) for file in files},
+        output=getattr(bundle, "output", None),
+    )
+
+
+def _open_graph(model: str, provider: str, threads: int) -> Loaded:
+    from export.sessions import open_session
+
+    path = Path(model)
+    session = open_session(path / "model.onnx" if path.is_dir() else path, provider, threads)
+    taken = {item.name for item in session.get_inputs()}
+    names = [item.name for item in session.get_outputs()]
+    return Loaded(
+        prepare=lambda batch: {k: np.ascontiguousarray(v) for k, v in batch.items() if k in taken},
+        run=lambda feed: session.run(None, feed),
+        collect=lambda outputs: dict(zip(names, outputs, strict=True)),
+        providers=tuple(session.get_providers()),
+    )
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+RUNTIMES: dict[str, Runtime] = {
+    "pytorch": Runtime(_describe_checkpoint, _open_checkpoint),
+    "onnx": Runtime(_describe_bundle, _open_graph),
+}

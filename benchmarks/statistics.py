@@ -1,0 +1,107 @@
+"""What the timings say: medians, percentiles, intervals, and whether a difference is one."""
+
+from collections.abc import Callable, Sequence
+from math import comb
+
+import numpy as np
+
+LEVEL = 0.95
+MINIMUM_ROUNDS = 6  # fewer signs than this cannot reach 95 %: 2 · 2⁻⁵ > 0.05
+
+Rounds = Sequence[Sequence[float]]  # seconds per call, one inner sequence per round
+
+
+def settled(seconds: Sequence[float], window: int = 3, tolerance: float = 0.05) -> bool:
+    """Return whether warm-up is over: the medians of the last two windows differ by under 5 %."""
+    if len(seconds) < 2 * window:
+        return False
+    before = float(np.median(seconds[-2 * window : -window]))
+    return abs(float(np.median(seconds[-window:])) - before) < tolerance * before
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Return a percentile, interpolated linearly between the closest ranks."""
+    return float(np.percentile(values, percent))
+
+
+def pooled(rounds: Rounds) -> list[float]:
+    """Return the calls of all rounds as one list."""
+    return [second for calls in rounds for second in calls]
+
+
+def median_interval(rounds: Rounds, *, seed: int, resamples: int = 2000) -> tuple[float, float]:
+    """Return the 95 % interval of the median over all calls, in the unit of the input.
+
+    Percentile bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, ch. 13).
+    Whole rounds are drawn, not calls: the calls of one round share the machine's mood, and drawing
+    them singly would claim more independent evidence than there is (ibid., ch. 8).
+    """
+    random = np.random.default_rng(seed)
+    arrays = [np.asarray(calls, dtype=np.float64) for calls in rounds]
+    draws = random.integers(len(arrays), size=(resamples, len(arrays)))
+    medians = [np.median(np.concatenate([arrays[i] for i in draw])) for draw in draws]
+    return _bounds(np.asarray(medians))
+
+
+def round_ratios(rounds: Rounds, baseline: Rounds) -> list[float]:
+    """Return per round how many times faster than the baseline: its median over this one's.
+
+    Both were timed within seconds of each other, so drift of the machine divides out.
+    """
+    pairs = zip(rounds, baseline, strict=True)
+    return [float(np.median(theirs) / np.median(ours)) for ours, theirs in pairs]
+
+
+def sign_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return an interval that holds the median with at least 95 % probability, whatever its law.
+
+    The order statistics that a sign test at 5 % does not reject (Conover, Practical Nonparametric
+    Statistics, 3rd ed., 1999, ch. 3.2). Exact for the handful of rounds that a benchmark has,
+    where a bootstrap is too narrow; one disturbed round in nine does not move it.
+    """
+    n = len(values)
+    if n < MINIMUM_ROUNDS:
+        raise ValueError(f"{n} values cannot give a 95 % interval; {MINIMUM_ROUNDS} can")
+    tail, k = 0.0, 0  # k values may be dropped from each end
+    while 2 * (tail + comb(n, k) / 2**n) <= 1 - LEVEL:
+        tail += comb(n, k) / 2**n
+        k += 1
+    ordered = sorted(values)
+    return ordered[k - 1], ordered[n - k]
+
+
+def is_different(interval: tuple[float, float]) -> bool:
+    """Return whether an interval of ratios excludes 1: otherwise there is no difference."""
+    low, high = interval
+    return not low <= 1 <= high
+
+
+def paired_interval(
+    values: Sequence[float],
+    baseline: Sequence[float],
+    *,
+    seed: int,
+    statistic: Callable[..., np.ndarray] = np.mean,
+    resamples: int = 2000,
+) -> tuple[float, float]:
+    """Return the 95 % interval of the mean difference, paired by example (percentile bootstrap)."""
+    differences = np.asarray(values, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
+    random = np.random.default_rng(seed)
+    draws = (random.integers(len(differences), size=len(differences)) for _ in range(resamples))
+    return _bounds(np.asarray([statistic(differences[draw]) for draw in draws]))
+
+
+def row_cosines(outputs: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Return the cosine between corresponding examples, shape (batch,); two zero rows agree."""
+    left = outputs.reshape(len(outputs), -1).astype(np.float64)
+    right = reference.reshape(len(reference), -1).astype(np.float64)
+    norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+    dots = (left * right).sum(axis=1)
+    same = (left == right).all(axis=1)
+    return np.where(same, 1.0, dots / np.where(norms == 0, 1.0, norms))
+
+
+def _bounds(statistics: np.ndarray) -> tuple[float, float]:
+    tail = 100 * (1 - LEVEL) / 2
+    low, high = np.percentile(statistics, [tail, 100 - tail])
+    return float(low), float(high)

@@ -1,0 +1,426 @@
+"""What the report says in words and tables, before any rendering: shared by all formats."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.report import BenchmarkReport, Latency, Quality, VariantReport
+
+UNRELATED = 0.5  # least cosine below this: the outputs have little to do with the baseline's
+NO_DIFFERENCE = "no difference"
+NONE = "–"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One value in a table: as shown, and as sorted (None comes last)."""
+
+    text: str
+    key: float | str | None = None
+    note: str = ""  # small print: an interval, a share
+
+    @property
+    def full(self) -> str:
+        """The text with its note."""
+        return f"{self.text} ({self.note})" if self.note else self.text
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose first column is text and whose others are figures."""
+
+    name: str
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+
+# --- what matters --------------------------------------------------------------------------------
+
+
+def headline(report: BenchmarkReport) -> str | None:
+    """Return the label of the largest workload that was measured, or None."""
+    measured = [latency for variant in report.variants for latency in variant.latency]
+    largest = max(measured, key=lambda x: x.batch * (x.sequence or 1), default=None)
+    return largest.workload if largest else None
+
+
+def workloads(report: BenchmarkReport) -> list[str]:
+    """Return the labels of all workloads, in the order they were measured."""
+    return list(dict.fromkeys(x.workload for variant in report.variants for x in variant.latency))
+
+
+def latency_at(variant: VariantReport, workload: str | None) -> Latency | None:
+    """Return a variant's times on one workload, or None where there are none."""
+    return next((x for x in variant.latency if x.workload == workload), None)
+
+
+def main_metric(report: BenchmarkReport) -> str | None:
+    """Return the first metric that was measured, or None."""
+    return next((x.metric for variant in report.variants for x in variant.quality), None)
+
+
+def quality_of(variant: VariantReport, metric: str | None) -> Quality | None:
+    """Return a variant's figure for one metric, or None."""
+    return next((x for x in variant.quality if x.metric == metric), None)
+
+
+def best(report: BenchmarkReport) -> VariantReport | None:
+    """Return the variant furthest ahead of the baseline at the headline, or None.
+
+    One whose outputs have nothing to do with the baseline's cannot be it, however fast.
+    """
+    place = headline(report)
+    candidates = []
+    for variant in report.variants:
+        latency = latency_at(variant, place)
+        related = latency is not None and (latency.agreement or 0) >= UNRELATED
+        if variant.status == "ok" and latency is not None and latency.speedup and related:
+            candidates.append((latency.speedup.value, variant))
+    return max(candidates, key=lambda pair: pair[0], default=(0.0, None))[1]
+
+
+def verdict(report: BenchmarkReport) -> str:
+    """Return the finding in one sentence."""
+    place, winner = headline(report), best(report)
+    base = report.variant(report.baseline)
+    if winner is None:
+        if base.status == "failed":
+            return f"The baseline {base.name} could not be measured, so nothing is compared"
+        others = [variant for variant in report.variants if variant is not base]
+        if not others:
+            return f"{base.name} was measured alone"
+        return f"No variant could be compared with {base.name}: see the reasons below"
+    latency = latency_at(winner, place)
+    assert latency is not None
+    assert latency.speedup is not None
+    speedup = latency.speedup
+    if not speedup.different:
+        speed = f"{winner.name} is as fast as {base.name} at {place}"
+    elif speedup.value > 1:
+        speed = f"{winner.name} is {times(speedup.value, 2)} faster than {base.name} at {place}"
+    else:
+        slower = times(1 / speedup.value, 2)
+        speed = (
+            f"No variant is faster than {base.name}: {winner.name} is {slower} slower at {place}"
+        )
+    quality = quality_of(winner, main_metric(report))
+    tail = ""
+    if quality is not None and quality.difference is not None:
+        tail = f"; {quality.metric} {difference(quality, short=True)}"
+    return f"{speed} and {size_against(winner, base)}{tail}"
+
+
+def size_against(variant: VariantReport, base: VariantReport) -> str:
+    """Return how the sizes compare: 3.8 × smaller."""
+    ratio = base.size_bytes / max(variant.size_bytes, 1)
+    if abs(ratio - 1) < 0.02:
+        return "of the same size"
+    return f"{times(ratio, 2)} smaller" if ratio > 1 else f"{times(1 / ratio, 2)} larger"
+
+
+def highlights(report: BenchmarkReport) -> list[tuple[str, str]]:
+    """Return up to three (figure, what it is) about the best variant."""
+    winner, base = best(report), report.variant(report.baseline)
+    latency = latency_at(winner, headline(report)) if winner else None
+    if winner is None or latency is None or latency.speedup is None:
+        return []
+    found = [
+        (times(latency.speedup.value, 2), f"the speed of {base.name} at {latency.workload}"),
+        (megabytes(winner.size_bytes), f"on disk; {base.name} has {megabytes(base.size_bytes)}"),
+    ]
+    if not latency.speedup.different:
+        found[0] = (NO_DIFFERENCE, f"in speed to {base.name} at {latency.workload}")
+    quality = quality_of(winner, main_metric(report))
+    if quality is not None:
+        change = "" if quality.difference is None else f"; {difference(quality)} to {base.name}"
+        found.append((score(quality.value), f"{quality.metric}{change}"))
+    return found
+
+
+def notes(report: BenchmarkReport) -> list[str]:
+    """Return what a reader must know before trusting the figures."""
+    found = [
+        f"{variant.name} could not be measured: {variant.reason}"
+        for variant in report.variants
+        if variant.status == "failed"
+    ]
+    for variant in report.variants:
+        strange = [x for x in variant.latency if (x.agreement or 0) < UNRELATED]
+        if strange and strange[0].agreement is not None:
+            found.append(
+                f"The outputs of {variant.name} have little to do with the baseline's "
+                f"(cosine down to {strange[0].agreement:.2f} at {strange[0].workload})"
+            )
+        if restless := [x.workload for x in variant.latency if not x.settled]:
+            found.append(
+                f"The times of {variant.name} had not settled when warm-up ended at "
+                f"{', '.join(restless)}: the machine is noisy"
+            )
+    environment = report.environment
+    if environment.load_average is not None and environment.load_average > environment.cores / 2:
+        found.append(
+            f"The machine was busy before the start: load {environment.load_average} on "
+            f"{environment.cores} cores. Ratios hold better than absolute times"
+        )
+    return found
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def summary_table(report: BenchmarkReport) -> Table:
+    """Return one row per variant: what to decide by."""
+    place, base = headline(report), report.variant(report.baseline)
+    metrics = list(dict.fromkeys(x.metric for v in report.variants for x in v.quality))
+    rows = []
+    for variant in report.variants:
+        latency = latency_at(variant, place)
+        cells = [Cell(variant.name, variant.name, _role(variant, base))]
+        cells.append(_milliseconds(latency.median if latency else None))
+        cells.append(_speedup(latency, variant is base))
+        cells.append(Cell(megabytes(variant.size_bytes), variant.size_bytes))
+        cells.append(_memory(variant))
+        cells += [_quality(quality_of(variant, metric)) for metric in metrics]
+        rows.append(tuple(cells))
+    columns = ("Variant", f"Median at {place}", "Speed-up", "Size", "Peak memory", *metrics)
+    return Table("summary", "All variants at a glance", columns, tuple(rows))
+
+
+def latency_table(report: BenchmarkReport) -> Table:
+    """Return one row per workload and variant."""
+    rows = []
+    for place in workloads(report):
+        for variant in report.variants:
+            x = latency_at(variant, place)
+            if x is None:
+                continue
+            low, high = x.interval
+            rows.append(
+                (
+                    Cell(variant.name, variant.name),
+                    Cell(x.workload, float(x.batch * (x.sequence or 1))),
+                    Cell(number(1e3 * x.median), x.median, span(1e3 * low, 1e3 * high)),
+                    # a percentile from fewer calls than it takes is only the slowest call
+                    _milliseconds(x.p95 if x.calls >= 20 else None, unit=""),
+                    _milliseconds(x.p99 if x.calls >= 100 else None, unit=""),
+                    Cell(number(x.examples_per_second), x.examples_per_second),
+                    _count(x.tokens_per_second),
+                    _speedup(x, variant.name == report.baseline),
+                    Cell(NONE if x.agreement is None else f"{x.agreement:.4f}", x.agreement),
+                    Cell(str(x.calls), x.calls),
+                )
+            )
+    columns = (
+        *("Variant", "Batch × length", "Median, ms", "p95, ms", "p99, ms", "Examples/s"),
+        *("Tokens/s", "Speed-up", "Agreement", "Calls"),
+    )
+    caption = (
+        "In parentheses: 95 % intervals. Speed-up: how many times faster than "
+        f"{report.baseline}, median of the rounds. Agreement: least cosine between the timed "
+        f"outputs and those of {report.baseline}. p95 is given from 20 calls on, p99 from 100."
+    )
+    return Table("latency", caption, columns, tuple(rows))
+
+
+def quality_table(report: BenchmarkReport) -> Table:
+    """Return one row per metric and variant."""
+    rows = []
+    for metric in dict.fromkeys(x.metric for v in report.variants for x in v.quality):
+        for variant in report.variants:
+            x = quality_of(variant, metric)
+            if x is None:
+                continue
+            interval = ""
+            if x.interval is not None:
+                interval = f"{signed(x.interval[0], x.value)} to {signed(x.interval[1], x.value)}"
+            change = Cell(NONE)
+            if x.difference is not None and variant.name != report.baseline:
+                change = Cell(difference(x), x.difference, interval)
+            better = "higher" if x.higher_is_better else "lower"
+            rows.append(
+                (
+                    Cell(variant.name, variant.name),
+                    Cell(x.metric, x.metric),
+                    Cell(score(x.value), x.value),
+                    change,
+                    Cell(better, better),
+                )
+            )
+    config = report.config
+    data = config.get("eval") or "no data"
+    limit = f", {config['limit']} examples of it" if config.get("limit") else ""
+    return Table(
+        "quality",
+        f"Measured on {data}{limit}. In parentheses: 95 % interval of the difference, paired by "
+        "example, where the metric has a value per example.",
+        ("Variant", "Metric", "Value", f"Difference to {report.baseline}", "Better"),
+        tuple(rows),
+    )
+
+
+def resources_table(report: BenchmarkReport) -> Table:
+    """Return one row per variant: bytes on disk, in memory, and how to recognise the file."""
+    base = report.variant(report.baseline)
+    rows = []
+    for variant in report.variants:
+        share = f"{100 * variant.size_bytes / max(base.size_bytes, 1):.0f} %"
+        load = variant.load_seconds
+        digests = " ".join(digest[:12] for digest in variant.sha256.values())
+        rows.append(
+            (
+                Cell(variant.name, variant.name),
+                Cell(megabytes(variant.size_bytes), variant.size_bytes, share),
+                _memory(variant),
+                Cell(NONE if load is None else f"{number(load)} s", load),
+                Cell(", ".join(variant.providers) or NONE, ", ".join(variant.providers)),
+                Cell(digests or NONE, digests),
+            )
+        )
+    columns = ("Variant", "Size", "Peak memory", "Load time", "Runs on", "sha256")
+    caption = (
+        f"In parentheses: share of {report.baseline}. Peak memory is the most that the process has "
+        "held, its runtime and libraries included."
+    )
+    return Table("resources", caption, columns, tuple(rows))
+
+
+def environment_rows(report: BenchmarkReport) -> list[tuple[str, str]]:
+    """Return the conditions of the measurement as (name, value)."""
+    here, config = report.environment, report.config
+    rows = [
+        ("Processor", f"{here.cpu}, {here.cores} cores usable"),
+        ("Threads", f"{here.threads} per model"),
+        ("Memory", f"{here.memory_bytes / 1e9:.0f} GB"),
+        ("Provider", here.provider),
+        ("GPU", here.gpu),
+        ("System", here.system),
+        ("Python", here.python),
+        ("Packages", ", ".join(f"{name} {version}" for name, version in here.versions.items())),
+        ("Load before", None if here.load_average is None else str(here.load_average)),
+        (
+            "Method",
+            f"{config.get('rounds')} rounds of {config.get('seconds')} s, variants interleaved in "
+            f"shuffled order, one process each, warm-up until times settle, "
+            f"seed {config.get('seed')}",
+        ),
+        ("Measured", report.created),
+    ]
+    return [(name, value) for name, value in rows if value]
+
+
+def lineage_chain(variant: VariantReport) -> list[tuple[str, str]]:
+    """Return the stages that made a variant as (stage, its settings in short)."""
+    return [
+        (str(entry.get("stage", "stage")), " · ".join(_settings(entry))[:160])
+        for entry in variant.lineage
+    ]
+
+
+def _settings(entry: dict[str, Any]) -> Iterable[str]:
+    """Yield the settings that say something to a reader; the digests are in the JSON."""
+    for name, value in entry.items():
+        if name in ("stage", "versions", "sha256", "fingerprint", "data") or value in (
+            None,
+            "",
+            [],
+        ):
+            continue
+        if isinstance(value, dict):
+            yield from _settings(value)
+        elif isinstance(value, str | int | float):
+            text = value.rsplit("/", 1)[-1] if isinstance(value, str) else f"{value:g}"
+            if len(text) < 40:
+                yield f"{name.replace('_', ' ')} {text}"
+
+
+# --- cells and numbers ---------------------------------------------------------------------------
+
+
+def _role(variant: VariantReport, base: VariantReport) -> str:
+    if variant.status == "failed":
+        return "failed"
+    return "baseline" if variant is base else ""
+
+
+def _speedup(latency: Latency | None, is_baseline: bool) -> Cell:
+    if latency is None:
+        return Cell(NONE)
+    if latency.speedup is None:
+        return Cell("1 ×" if is_baseline else NONE, 1.0 if is_baseline else None)
+    low, high = latency.speedup.interval
+    text = times(latency.speedup.value) if latency.speedup.different else NO_DIFFERENCE
+    return Cell(text, latency.speedup.value, span(low, high))
+
+
+def _milliseconds(seconds: float | None, unit: str = " ms") -> Cell:
+    return Cell(NONE if seconds is None else number(1e3 * seconds) + unit, seconds)
+
+
+def _memory(variant: VariantReport) -> Cell:
+    peak = variant.peak_memory_bytes
+    return Cell(NONE if peak is None else megabytes(peak), peak)
+
+
+def _quality(quality: Quality | None) -> Cell:
+    if quality is None:
+        return Cell(NONE)
+    changed = quality.difference is not None and quality.difference != 0
+    return Cell(score(quality.value), quality.value, difference(quality) if changed else "")
+
+
+def _count(value: float | None) -> Cell:
+    return Cell(NONE if value is None else number(value), value)
+
+
+def number(value: float, digits: int = 3) -> str:
+    """Return a figure with `digits` significant digits and no exponent: 1,430 or 0.0418."""
+    if value == 0:
+        return "0"
+    decimals = max(0, digits - 1 - _magnitude(value))
+    return f"{value:,.{decimals}f}"
+
+
+def _magnitude(value: float) -> int:
+    return int(f"{value:e}".partition("e")[2])
+
+
+def span(low: float, high: float) -> str:
+    """Return an interval, both ends with as many decimals as tell them apart."""
+    digits = 3
+    while digits < 6 and low != high and number(low, digits) == number(high, digits):
+        digits += 1
+    return f"{number(low, digits)}–{number(high, digits)}"
+
+
+def times(value: float, digits: int = 3) -> str:
+    """Return a factor: 4.41 ×."""
+    return f"{number(value, digits)} ×"
+
+
+def megabytes(size: float) -> str:
+    """Return a size in decimal megabytes, gigabytes from 10,000 of them on."""
+    if size >= 1e10:
+        return f"{number(size / 1e9)} GB"
+    return f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{number(size / 1e3)} kB"
+
+
+def score(value: float) -> str:
+    """Return a metric's value: four decimals below 10, two above."""
+    return f"{value:.{_decimals(value)}f}".replace("-", "−")
+
+
+def difference(quality: Quality, short: bool = False) -> str:
+    """Return the signed difference to the baseline, as precise as the value (or one digit less)."""
+    assert quality.difference is not None
+    return signed(quality.difference, quality.value, short)
+
+
+def signed(change: float, value: float, short: bool = False) -> str:
+    """Return a change of `value` with its sign; ±0 where rounding leaves nothing."""
+    text = f"{change:+.{_decimals(value) - short}f}"
+    return "±0" if float(text) == 0 else text.replace("-", "−")
+
+
+def _decimals(value: float) -> int:
+    return 4 if abs(value) < 10 else 2

@@ -1,0 +1,1 @@
+"""The PyTorch side: everything that makes a model smaller."""

@@ -1,0 +1,187 @@
+"""A model with all that is needed to use it again, in memory and on disk."""
+
+import hashlib
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from calib_data.batches import ImageShape
+from calib_data.errors import ConfigError, ModelError
+from compress.files import write_json
+from compress.sentence import SentenceEncoder
+from compress.signature import Signature, named_outputs
+from compress.tasks import CUSTOM, TASKS, Task
+
+FORMAT = 1  # of onnxpress.json; raised when an older reader would misread a newer file
+MANIFEST = "onnxpress.json"
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "onnx",
+    "onnxscript",
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "numpy",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A module in eval mode with its task, processor, signature and history.
+
+    `structure` maps a block's name to the units it keeps where that differs from the config;
+    `quantization` holds the scheme's settings and the names of the quantized modules.
+    """
+
+    module: nn.Module
+    task: str
+    signature: Signature
+    processor: Any = None  # a tokenizer, an image processor, an ImageShape, or None
+    structure: Mapping[str, int] = field(default_factory=dict)
+    quantization: Mapping[str, Any] | None = None
+    lineage: tuple[Mapping[str, Any], ...] = ()
+    sidecars: Mapping[str, bytes] = field(default_factory=dict)  # sentence-transformers files
+    factory: str | None = None  # package.module:factory that made the module
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The transformer itself: inside a sentence encoder, otherwise the module."""
+        return self.module.backbone if isinstance(self.module, SentenceEncoder) else self.module
+
+    @property
+    def config(self) -> Any:
+        """The transformers config, or None for a factory's module."""
+        return getattr(self.backbone, "config", None)
+
+    @property
+    def task_row(self) -> Task:
+        """The row of the task table."""
+        return TASKS.get(self.task, CUSTOM)
+
+    @property
+    def output(self) -> str:
+        """The output that metrics and losses look at."""
+        preferred = self.task_row.output
+        return preferred if preferred in self.signature.outputs else self.signature.outputs[0]
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest sequence the model takes: its positions, or what its tokenizer allows."""
+        limits = [self.signature.longest, getattr(self.processor, "model_max_length", None)]
+        # tokenizers without a limit say 10**30
+        known = [int(x) for x in limits if x is not None and x < 10**9]
+        return min(known) if known else None
+
+    def check_length(self, sequence: int) -> int:
+        """Return `sequence`; a `ConfigError` if the model has fewer positions."""
+        if self.signature.longest is not None and sequence > self.signature.longest:
+            raise ConfigError(
+                f"--max-length {sequence} is longer than the model's {self.signature.longest} positions"
+            )
+        return sequence
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run the module on the entries of `batch` that it takes; return its outputs by name."""
+        inputs = {name: batch[name] for name in self.signature.names if name in batch}
+        missing = [name for name in self.signature.names if name not in inputs]
+        if missing and missing != ["token_type_ids"]:  # which all models default to zeros
+            raise ModelError(f"the batch has no {missing[0]}; it holds {', '.join(batch)}")
+        return named_outputs(self.module, inputs)
+
+    def predict(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        """Return the outputs for `batch` as float32 arrays by name."""
+        with torch.inference_mode():
+            outputs = self.forward(batch)
+        return {name: value.float().cpu().numpy() for name, value in outputs.items()}
+
+    def with_stage(self, stage: str, **details: Any) -> "Checkpoint":
+        """Return this checkpoint with one more stage in its lineage."""
+        entry = {"stage": stage, "versions": versions(), **details}
+        return replace(self, lineage=(*self.lineage, entry))
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage returns: the new checkpoint and what there is to tell about it."""
+
+    checkpoint: Checkpoint
+    report: dict[str, Any]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the installed packages that a result depends on."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return the module's tensors by name, each storage once: tied weights under their first name."""
+    seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
+    kept = {}
+    for name, value in module.state_dict().items():
+        key = (value.data_ptr(), value.shape, value.stride())
+        if value.numel() and key in seen:
+            continue
+        seen.add(key)
+        kept[name] = value
+    return kept
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """Return the hex sha256 over the names, shapes, dtypes and values of the module's tensors."""
+    digest = hashlib.sha256()
+    for name, value in sorted(weights_of(module).items()):
+        array = value.detach().cpu().contiguous()
+        digest.update(f"{name}\0{array.dtype}\0{tuple(array.shape)}\0".encode())
+        digest.update(array.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Return how many numbers the module's weights hold, int8 ones included, tied ones once."""
+    return sum(value.numel() for value in weights_of(module).values())
+
+
+def save_checkpoint(checkpoint: Checkpoint, directory: Path) -> None:
+    """Write `checkpoint` into an existing empty directory (see `files.staged_directory`)."""
+    from safetensors.torch import save_file
+
+    weights = {k: v.detach().cpu().contiguous() for k, v in weights_of(checkpoint.backbone).items()}
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    if isinstance(checkpoint.module, SentenceEncoder):
+        for name, content in checkpoint.sidecars.items():
+            path = directory / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    save_processor(checkpoint, directory)
+    write_json(
+        directory / MANIFEST,
+        {
+            "format": FORMAT,
+            "task": checkpoint.task,
+            "factory": checkpoint.factory,
+            "structure": dict(checkpoint.structure),
+            "quantization": checkpoint.quantization,
+            "sha256": weights_sha256(checkpoint.backbone),
+            "lineage": list(checkpoint.lineage),
+        },
+    )
+
+
+def save_processor(checkpoint: Checkpoint, directory: Path) -> None:
+    """Write the config and the tokenizer or image processor into `directory`."""
+    if checkpoint.config is not None:
+        checkpoint.config.save_pretrained(directory)
+    if checkpoint.processor is not None and not isinstance(checkpoint.processor, ImageShape):
+        checkpoint.processor.save_pretrained(directory)

@@ -1,0 +1,81 @@
+"""How much each head and neuron matters: gradients accumulated over calibration data."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from calib_data.errors import DataError, ModelError
+from compress.blocks import Group, input_columns
+from compress.checkpoint import Checkpoint
+from compress.losses import hard_loss
+
+
+def gradient_importance(
+    checkpoint: Checkpoint,
+    groups: tuple[Group, ...],
+    batches: Iterable[Mapping[str, Tensor]],
+    seed: int = 0,
+    progress: Callable[[], None] = lambda: None,
+) -> dict[str, Tensor]:
+    """Return each group's importance per unit, shape (units,), float64, at least 0.
+
+    A unit's score is the root mean square over batches of Σ w·∂L/∂w over the weights that carry its
+    result onwards: the derivative of the loss by a mask on the unit (first-order Taylor, Molchanov
+    et al. 2017, arXiv:1611.06440). With labels L is the task's loss. Without, L is a projection of
+    the output with random signs; the mean square is then the expected squared change of the output,
+    the model's own behaviour being the target.
+
+    Raises `DataError` for no batches, `ModelError` for a loss that is not finite or gradients that
+    are all zero.
+    """
+    module = checkpoint.module
+    weights = {g.key: _down_weight(checkpoint.backbone, g) for g in groups}
+    if frozen := [g.down for g in groups if not weights[g.key].requires_grad]:
+        raise ModelError(f"{frozen[0]}.weight is frozen, so it has no gradient; unfreeze it")
+    totals = {g.key: torch.zeros(g.units, dtype=torch.float64) for g in groups}
+    random = torch.Generator().manual_seed(seed)
+    count = 0
+    for batch in batches:
+        loss = _loss(checkpoint, batch, random)
+        if not bool(torch.isfinite(loss)):
+            raise ModelError("the calibration loss is not finite; check the weights and the data")
+        module.zero_grad(set_to_none=True)
+        loss.backward()
+        for group in groups:
+            totals[group.key] += _mask_gradient(checkpoint.backbone, group).square().cpu()
+        count += 1
+        progress()
+    module.zero_grad(set_to_none=True)
+    if count == 0:
+        raise DataError("there is no calibration batch; give --data at least one row")
+    if not any(total.any() for total in totals.values()):
+        raise ModelError("all gradients are zero; does the loss depend on the model's weights?")
+    return {key: (total / count).sqrt() for key, total in totals.items()}
+
+
+def _down_weight(model: nn.Module, group: Group) -> Tensor:
+    weight: Tensor = model.get_submodule(group.down).weight  # type: ignore[assignment]
+    return weight
+
+
+def _mask_gradient(model: nn.Module, group: Group) -> Tensor:
+    """Return ∂L/∂mask per unit, shape (units,): Σ w·∂L/∂w over each unit's columns."""
+    module: Any = model.get_submodule(group.down)
+    if module.weight.grad is None:
+        return torch.zeros(group.units, dtype=torch.float64)
+    product = input_columns(module, module.weight.detach() * module.weight.grad)
+    return product.double().sum(dim=0).reshape(group.units, -1).sum(dim=1)
+
+
+def _loss(checkpoint: Checkpoint, batch: Mapping[str, Tensor], random: torch.Generator) -> Tensor:
+    outputs = checkpoint.forward(batch)
+    target = hard_loss(checkpoint.task_row.target, outputs, batch)
+    if target is not None:
+        return target
+    output = outputs[checkpoint.output]
+    signs = torch.randint(0, 2, output.shape, generator=random).to(output) * 2 - 1
+    if output.dim() == 3 and "attention_mask" in batch:
+        signs = signs * batch["attention_mask"].unsqueeze(-1)
+    return (output * signs).sum()

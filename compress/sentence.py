@@ -1,0 +1,143 @@
+"""Sentence encoders in the sentence-transformers layout: transformer, pooling, projection, norm."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from calib_data.errors import ModelError
+from compress.files import inside, read_json
+from compress.signature import named_outputs
+
+_POOLINGS = ("cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
+
+
+def pool(hidden: Tensor, mask: Tensor, mode: str) -> Tensor:
+    """Return one vector per text, (batch, width), from hidden (batch, sequence, width).
+
+    `mask` (batch, sequence) is 1 for real tokens; the modes are those of sentence-transformers.
+    """
+    weights = mask.unsqueeze(-1).to(hidden.dtype)  # (batch, sequence, 1)
+    if mode == "cls":
+        return hidden[:, 0]
+    if mode == "max":
+        return hidden.masked_fill(weights == 0, -1e9).amax(dim=1)
+    if mode == "lasttoken":
+        last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(dim=1)
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+    if mode == "weightedmean":
+        order = torch.arange(1, mask.shape[1] + 1, device=mask.device, dtype=hidden.dtype)
+        weights = weights * order.reshape(1, -1, 1)
+    total, count = (hidden * weights).sum(dim=1), weights.sum(dim=1).clamp(min=1e-9)
+    return total / (count.sqrt() if mode == "mean_sqrt_len_tokens" else count)
+
+
+class SentenceEncoder(nn.Module):
+    """A transformer whose token embeddings are pooled into one vector per text."""
+
+    def __init__(
+        self, backbone: nn.Module, modes: tuple[str, ...], projections: nn.Module, normalize: bool
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.modes = modes
+        self.projections = projections
+        self.normalize = normalize
+
+    @property
+    def config(self) -> Any:
+        """The transformer's config."""
+        return self.backbone.config
+
+    def forward(self, **inputs: Tensor) -> Mapping[str, Tensor]:
+        """Return token_embeddings (batch, sequence, width) and sentence_embedding (batch, width)."""
+        hidden = named_outputs(self.backbone, inputs)["last_hidden_state"]
+        pooled = torch.cat([pool(hidden, inputs["attention_mask"], m) for m in self.modes], dim=-1)
+        vector = self.projections(pooled)
+        if self.normalize:
+            vector = F.normalize(vector, p=2, dim=1)
+        return {"token_embeddings": hidden, "sentence_embedding": vector}
+
+
+def is_sentence_directory(directory: Path) -> bool:
+    """Whether `directory` follows the sentence-transformers layout."""
+    return (directory / "modules.json").is_file()
+
+
+def sidecars(directory: Path) -> dict[str, bytes]:
+    """Return the layout's small files by relative path, to be written beside the weights again."""
+    names = ["modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"]
+    for module in read_json(directory / "modules.json"):
+        if module["path"]:
+            names += [f"{module['path']}/config.json", f"{module['path']}/model.safetensors"]
+    found = {name: inside(directory, name) for name in names}
+    return {name: path.read_bytes() for name, path in found.items() if path.is_file()}
+
+
+def wrap_backbone(backbone: nn.Module, files: Mapping[str, bytes]) -> SentenceEncoder:
+    """Return the encoder that `modules.json` in `files` describes around `backbone`.
+
+    Raises `ModelError` for a module that is not a transformer, pooling, dense or normalize module.
+    """
+    from safetensors.torch import load
+
+    modes: tuple[str, ...] = ()
+    projections: list[nn.Module] = []
+    normalize = False
+    for module in json.loads(files["modules.json"]):
+        kind = module["type"].rpartition(".")[2]
+        settings = json.loads(files.get(f"{module['path']}/config.json", b"{}"))
+        if kind == "Pooling":
+            modes = _pooling_modes(settings)
+        elif kind == "Dense":
+            dense = nn.Linear(
+                settings["in_features"], settings["out_features"], settings.get("bias", True)
+            )
+            weights = load(files[f"{module['path']}/model.safetensors"])
+            dense.load_state_dict({k.removeprefix("linear."): v for k, v in weights.items()})
+            projections += [dense, _activation(settings.get("activation_function", "Tanh"))]
+        elif kind == "Normalize":
+            normalize = True
+        elif kind != "Transformer":
+            raise ModelError(
+                f"sentence-transformers module {kind!r} is not supported; there are Transformer, "
+                "Pooling, Dense and Normalize"
+            )
+    if not modes:
+        raise ModelError("modules.json lists no pooling, so there is no sentence embedding")
+    return SentenceEncoder(backbone, modes, nn.Sequential(*projections), normalize)
+
+
+def _pooling_modes(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    named = settings.get("pooling_mode")  # the newer layout names the mode itself
+    if named:
+        modes = tuple([named] if isinstance(named, str) else named)
+    else:
+        flags = {
+            "cls": "cls_token",
+            "mean": "mean_tokens",
+            "max": "max_tokens",
+            "mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+            "weightedmean": "weightedmean_tokens",
+            "lasttoken": "lasttoken",
+        }
+        modes = tuple(m for m, flag in flags.items() if settings.get(f"pooling_mode_{flag}"))
+    unknown = [mode for mode in modes if mode not in _POOLINGS]
+    if unknown or not modes:
+        raise ModelError(f"pooling mode {unknown or '(none)'}; there are {', '.join(_POOLINGS)}")
+    return modes
+
+
+def _activation(name: str) -> nn.Module:
+    """Return the activation that a Dense config names, from a closed list: no import by name."""
+    known = {"Tanh": nn.Tanh, "Identity": nn.Identity, "ReLU": nn.ReLU, "GELU": nn.GELU}
+    kind = name.rpartition(".")[2]
+    if kind not in known:
+        raise ModelError(
+            f"Dense activation {name!r} is not supported; there are {', '.join(known)}"
+        )
+    return known[kind]()

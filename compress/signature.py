@@ -1,0 +1,264 @@
+"""What a model takes and gives: names, dtypes and dynamic axes, asked of the model itself."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from calib_data.errors import ConfigError, ModelError
+
+Kind = Literal["ids", "mask", "types", "pixels", "example"]
+
+# name → (what it holds, dynamic axes): the ecosystem's names for what a model may take
+_KNOWN: dict[str, tuple[Kind, dict[int, str]]] = {
+    "input_ids": ("ids", {0: "batch", 1: "sequence"}),
+    "attention_mask": ("mask", {0: "batch", 1: "sequence"}),
+    "token_type_ids": ("types", {0: "batch", 1: "sequence"}),
+    "pixel_values": ("pixels", {0: "batch"}),
+    "decoder_input_ids": ("ids", {0: "batch", 1: "decoder_sequence"}),
+}
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input: its name, what it holds, its dynamic axes and the sizes of its fixed ones."""
+
+    name: str
+    kind: Kind
+    axes: tuple[tuple[int, str], ...]
+    shape: tuple[int, ...]  # of an example; dynamic axes hold any size
+    dtype: str = "int64"
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A model's inputs and the names of its outputs, with what is needed to sample valid inputs."""
+
+    inputs: tuple[Input, ...]
+    outputs: tuple[str, ...]
+    vocabulary: int = 0
+    types: int = 1
+    pad: int = 0
+    longest: int | None = None  # most tokens that the model has positions for
+    examples: tuple[Tensor, ...] = ()  # of a factory's module, in the order of `inputs`
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The inputs' names, in order."""
+        return tuple(item.name for item in self.inputs)
+
+    @property
+    def has_sequence(self) -> bool:
+        """Whether some input has a sequence axis."""
+        return any(axis == "sequence" for item in self.inputs for _, axis in item.axes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all but the example tensors as a JSON-able dict."""
+        fields = {**vars(self), "inputs": [vars(item) for item in self.inputs]}
+        del fields["examples"]
+        return fields
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], examples: tuple[Tensor, ...] = ()) -> "Signature":
+        """Make a signature from `to_json`'s dict."""
+        inputs = tuple(
+            Input(
+                name=item["name"],
+                kind=item["kind"],
+                axes=tuple((int(axis), str(name)) for axis, name in item["axes"]),
+                shape=tuple(item["shape"]),
+                dtype=item["dtype"],
+            )
+            for item in value["inputs"]
+        )
+        fields = {**value, "inputs": inputs, "outputs": tuple(value["outputs"])}
+        return cls(**fields, examples=examples)
+
+    def sample(
+        self, batch: int = 2, sequence: int = 16, seed: int = 0, ragged: bool = False
+    ) -> dict[str, Tensor]:
+        """Return valid random inputs: ids (batch, sequence), pixels (batch, channels, height, width).
+
+        With `ragged`, rows have different lengths and are padded on the right. Raises `ConfigError`
+        where `sequence` is more than the model has positions for.
+        """
+        if self.has_sequence and self.longest is not None and sequence > self.longest:
+            raise ConfigError(
+                f"a sequence of {sequence} is longer than the model's {self.longest} positions"
+            )
+        random = torch.Generator().manual_seed(seed)
+        lengths = torch.full((batch,), sequence)
+        if ragged and sequence > 1:
+            lengths = torch.randint(1, sequence + 1, (batch,), generator=random)
+            lengths[0] = sequence
+        real = torch.arange(sequence).unsqueeze(0) < lengths.unsqueeze(1)  # (batch, sequence)
+        made: dict[str, Tensor] = {}
+        for index, item in enumerate(self.inputs):
+            if item.kind == "ids":
+                # never the padding id: some models count positions from it
+                ids = torch.randint(0, self.vocabulary - 1, (batch, sequence), generator=random)
+                ids = torch.where(ids >= self.pad, ids + 1, ids) % self.vocabulary
+                made[item.name] = torch.where(real, ids, self.pad)
+            elif item.kind == "mask":
+                made[item.name] = real.long()
+            elif item.kind == "types":
+                types = (torch.arange(sequence) >= (sequence + 1) // 2).long() * (self.types > 1)
+                made[item.name] = types.expand(batch, -1) * real
+            elif item.kind == "pixels":
+                made[item.name] = torch.randn((batch, *item.shape[1:]), generator=random)
+            else:
+                made[item.name] = _resample(item, self.examples[index], batch, sequence, random)
+        return made
+
+
+def _resample(
+    item: Input, example: Tensor, batch: int, sequence: int, random: torch.Generator
+) -> Tensor:
+    """Return a tensor like `example` with its dynamic axes resized, its values drawn again."""
+    sizes = {"batch": batch, "sequence": sequence}
+    shape = list(example.shape)
+    for axis, name in item.axes:
+        shape[axis] = sizes.get(name, shape[axis])
+    if example.is_floating_point():
+        spread = example.float().std(correction=0).item() if example.numel() > 1 else 1.0
+        noise = torch.randn(shape, generator=random) * (spread or 1.0)
+        return (noise + example.float().mean()).to(example.dtype)
+    # whole numbers: only values that the example has are known to be valid
+    picks = torch.randint(0, example.numel(), shape, generator=random)
+    return example.flatten()[picks]
+
+
+def named_outputs(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Run `module` and return its tensor outputs by name.
+
+    Transformers' outputs keep their names; a bare tensor or tuple becomes output, output_1, ….
+    Losses, caches and per-layer tuples are left out.
+    """
+    result = module(**inputs)
+    if isinstance(result, Tensor):
+        return {"output": result}
+    if isinstance(result, Mapping):
+        found = {name: value for name, value in result.items() if isinstance(value, Tensor)}
+        found.pop("loss", None)
+    else:
+        values = [value for value in result if isinstance(value, Tensor)]
+        found = {"output" if i == 0 else f"output_{i}": value for i, value in enumerate(values)}
+    if not found:
+        raise ModelError(
+            f"{type(module).__name__} returns no tensor; return one, a tuple or a dict"
+        )
+    return found
+
+
+def forward_names(module: nn.Module) -> list[str]:
+    """Return the names of `module.forward`'s parameters."""
+    return list(inspect.signature(module.forward).parameters)
+
+
+def transformer_inputs(module: nn.Module, processor: Any) -> tuple[Input, ...]:
+    """Return the inputs of a transformers model, from its forward and its tokenizer's names."""
+    config: Any = module.config
+    accepted = forward_names(module)
+    main = getattr(module, "main_input_name", "input_ids")
+    if main not in _KNOWN:
+        raise ModelError(
+            f"{type(module).__name__} takes {main!r}, which is not supported; "
+            "hand it over as package.module:factory with example inputs"
+        )
+    names = [main]
+    if main == "input_ids":
+        if "attention_mask" in accepted:
+            names.append("attention_mask")
+        listed = getattr(processor, "model_input_names", None)
+        types = getattr(config, "type_vocab_size", 0) or 0
+        if (
+            "token_type_ids" in accepted
+            and types > 0
+            and "token_type_ids" in (listed or ["token_type_ids"])
+        ):
+            names.append("token_type_ids")
+        if getattr(config, "is_encoder_decoder", False):
+            names.append("decoder_input_ids")
+    inputs = []
+    for name in names:
+        kind, axes = _KNOWN[name]
+        shape: tuple[int, ...] = (2, 16)
+        if kind == "pixels":
+            vision = getattr(config, "vision_config", config)
+            size = vision.image_size
+            height, width = (size, size) if isinstance(size, int) else tuple(size)
+            shape = (2, vision.num_channels, height, width)
+        dtype = "float32" if kind == "pixels" else "int64"
+        inputs.append(Input(name, kind, tuple(axes.items()), shape, dtype))
+    return tuple(inputs)
+
+
+def transformer_signature(module: nn.Module, inner: nn.Module, processor: Any) -> Signature:
+    """Return the signature of `module`, whose transformers model is `inner` (often the same).
+
+    The outputs are found by running the model once on a short sample.
+    """
+    config: Any = inner.config
+    text = getattr(config, "text_config", config)
+    signature = Signature(
+        inputs=transformer_inputs(inner, processor),
+        outputs=(),
+        vocabulary=getattr(text, "vocab_size", 0) or 0,
+        types=getattr(config, "type_vocab_size", 1) or 1,
+        pad=_pad_id(config, processor),
+        longest=positions_of(inner),
+    )
+    return with_outputs(signature, module)
+
+
+def with_outputs(signature: Signature, module: nn.Module) -> Signature:
+    """Return `signature` with the output names that `module` gives on a short sample."""
+    with torch.no_grad():
+        outputs = named_outputs(module, signature.sample(batch=2, sequence=4))
+    fields = {**vars(signature), "outputs": tuple(outputs)}
+    return Signature(**fields)
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """Return how many positions a transformers model has, or None where there is no limit."""
+    config: Any = model.config
+    limit = getattr(getattr(config, "text_config", config), "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    for name, part in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None:
+            return limit - int(part.padding_idx) - 1  # RoBERTa starts counting after the padding id
+    return limit
+
+
+def _pad_id(config: Any, processor: Any) -> int:
+    for source in (processor, config):
+        pad = getattr(source, "pad_token_id", None)
+        if isinstance(pad, int) and pad >= 0:
+            return pad
+    return 0
+
+
+def factory_signature(
+    module: nn.Module, examples: Mapping[str, Tensor], axes: Mapping[str, Mapping[int, str]] | None
+) -> Signature:
+    """Return the signature of a user's module from its example inputs.
+
+    Where the factory gives no `axes`, the first axis of every input is the batch.
+    """
+    inputs = tuple(
+        Input(
+            name,
+            "example",
+            tuple(((axes or {}).get(name, {}) if axes is not None else {0: "batch"}).items()),
+            tuple(value.shape),
+            str(value.dtype).removeprefix("torch."),
+        )
+        for name, value in examples.items()
+    )
+    with torch.no_grad():
+        outputs = tuple(named_outputs(module, examples))
+    return Signature(inputs, outputs, examples=tuple(examples.values()))

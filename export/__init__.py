@@ -1,0 +1,1 @@
+"""The ONNX side: graph, sessions, bundles and the parity gate."""

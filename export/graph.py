@@ -1,0 +1,156 @@
+"""From a checkpoint to an ONNX graph: traced by PyTorch, translated, then shaped for its target."""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common
+from torch import Tensor, nn
+
+from calib_data.errors import ExportError
+from compress.checkpoint import Checkpoint
+from compress.config import StageConfig, one_of, require
+from compress.signature import Signature, named_outputs
+from export.passes import PASSES
+from export.translation import translations
+
+OPSETS = range(18, 25)
+MODULE = "onnxpress.module"  # metadata of a node: the PyTorch module it comes from
+
+
+@dataclass(frozen=True)
+class ExportConfig(StageConfig):
+    """What the graph is for."""
+
+    target: str = "cpu"  # portable: as traced; cpu, cuda: shaped for ONNX Runtime's provider
+    opset: int = 23  # the first with an Attention operator
+
+    def __post_init__(self) -> None:
+        one_of("--target", self.target, tuple(PASSES))
+        require(
+            self.opset in OPSETS, f"--opset must be {OPSETS[0]} to {OPSETS[-1]}, got {self.opset}"
+        )
+
+
+class _Positional(nn.Module):
+    """Takes the inputs in the signature's order and returns the outputs as a tuple."""
+
+    def __init__(self, module: nn.Module, signature: Signature) -> None:
+        super().__init__()
+        self.module = module
+        self.signature = signature
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Return the outputs in the signature's order."""
+        outputs = named_outputs(self.module, dict(zip(self.signature.names, inputs)))
+        return tuple(outputs[name] for name in self.signature.outputs)
+
+
+def build_graph(checkpoint: Checkpoint, config: ExportConfig) -> ir.Model:
+    """Return the checkpoint as an ONNX graph with dynamic axes, shaped for the target.
+
+    Raises `ExportError` with PyTorch's own reason where tracing or translation fails.
+    """
+    signature = checkpoint.signature
+    sample = signature.sample(batch=2, sequence=_traced_length(signature), ragged=True)
+    axes = tuple({a: torch.export.Dim.DYNAMIC for a, _ in item.axes} for item in signature.inputs)
+    module = _Positional(checkpoint.module, signature).eval()
+    try:
+        with _silence(), _without_cache(checkpoint), torch.no_grad():
+            program: Any = torch.onnx.export(
+                module,
+                tuple(sample[name] for name in signature.names),
+                dynamo=True,
+                opset_version=config.opset,
+                input_names=list(signature.names),
+                output_names=list(signature.outputs),
+                dynamic_shapes=(axes,),
+                custom_translation_table=translations(),
+                verbose=False,
+            )
+    except Exception as error:  # torch.export and the translator raise many unrelated types
+        raise ExportError(
+            f"{type(checkpoint.backbone).__name__} cannot be exported: {_reason(error)}"
+        ) from error
+    model: ir.Model = program.model
+    for apply_pass_ in PASSES[config.target]:
+        apply_pass_(model)
+    _tidy_(model, signature)
+    return model
+
+
+def _traced_length(signature: Signature) -> int:
+    """Return a length that no weight's size is likely to equal, within the model's positions."""
+    return min(11, signature.longest or 11)
+
+
+def _tidy_(model: ir.Model, signature: Signature) -> None:
+    """Drop what nothing uses and what tells of the machine; name axes and modules."""
+    common.RemoveUnusedNodesPass()(model)
+    common.TopologicalSortPass()(model)
+    scopes = {node: _module_of(node) for node in model.graph.all_nodes()}
+    common.ClearMetadataAndDocStringPass()(model)  # the tracer writes source paths there
+    for node, scope in scopes.items():
+        if scope:
+            node.metadata_props[MODULE] = scope
+    by_name = {item.name: dict(item.axes) for item in signature.inputs}
+    for value in model.graph.inputs:
+        value.metadata_props.clear()
+        axes = by_name[str(value.name)]
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                [axes.get(i, size) for i, size in enumerate(value.shape)]
+            )  # fmt: skip
+    model.producer_name, model.producer_version = "onnxpress", None
+
+
+def _module_of(node: ir.Node) -> str:
+    """Return the dotted path of the innermost PyTorch module that a node was traced in."""
+    scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+    names = [name for name in scopes.strip("[]").replace("'", "").split(", ")[:-1] if name]
+    return names[-1].removeprefix("module.") if names else ""
+
+
+def _reason(error: BaseException) -> str:
+    """Return the line of an export error that says what went wrong."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
+
+
+@contextlib.contextmanager
+def _without_cache(checkpoint: Checkpoint) -> Iterator[None]:
+    """Trace without a key/value cache: these graphs do not return one."""
+    config = checkpoint.config
+    before = getattr(config, "use_cache", None)
+    if before is not None:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        if before is not None:
+            config.use_cache = before
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep the tracer's prints, warnings and logs off the terminal; errors are raised anyway."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

@@ -1,0 +1,200 @@
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+
+from calib_data.errors import ConfigError, DataError
+from calib_data.sources import Examples, open_data
+
+SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write_file(name: str, content: str | bytes) -> str:
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+
+    return write_file
+
+
+def rows(examples: Examples) -> dict[str, list]:
+    return {role: examples.column(role) for role in examples.roles}
+
+
+def test_every_text_format_gives_the_same_examples(write, tmp_path: Path) -> None:
+    expected = {"text": ["one cat", "a dog, two"], "label": [1, 0]}
+    table = datasets.Dataset.from_dict({"Sentence": expected["text"], "label": expected["label"]})
+    table.to_parquet(tmp_path / "x.parquet")
+    records = [{"sentence": "one cat", "label": 1}, {"label": 0, "sentence": "a dog, two"}]
+    lines = "\n".join(map(json.dumps, records))
+    specs = [
+        write("x.csv", 'sentence,label\r\none cat,1\r\n"a dog, two",0.0\r\n'),
+        write("x.tsv", "sentence\tlabel\none cat\t1\na dog, two\t0"),
+        write("x.jsonl", lines),
+        write("x.json", lines + "\n\n"),
+        str(tmp_path / "x.parquet"),
+    ]
+    for spec in specs:
+        assert rows(open_data(spec)) == expected, spec
+        assert open_data(spec).dataset.cache_files == []
+
+
+def test_csv_follows_rfc_4180(write) -> None:
+    spec = write("x.csv", 'text,score\n"two\nlines, ""quoted""",1\n"\u2028sep",2\n123,3\n')
+    assert open_data(spec).column("text") == ['two\nlines, "quoted"', "\u2028sep", "123"]
+    with pytest.raises(DataError, match="cannot be read"):
+        open_data(write("bad.csv", 'text,label\n"never closed,1\n'))
+
+
+def test_tsv_keeps_stray_quotes_and_unwraps_wrapped_fields(write) -> None:
+    spec = write("x.tsv", '"he said\t0\n"a ""b"" c"\t1\n"a" and "b"\t0\n"\t1\n')
+    examples = open_data(spec, "text,label")
+    assert examples.column("text") == ['"he said', 'a "b" c', '"a" and "b"', '"']
+
+
+def test_lines_of_any_language_and_latin1(write) -> None:
+    assert open_data(write("x.de", "ein Haus\r\n\n  \nzwei")).column("text") == ["ein Haus", "zwei"]
+    assert open_data(write("x.txt", "caf\xe9".encode("latin-1"))).column("text") == ["café"]
+    assert open_data(write("y.txt", "\ufeffcafé")).column("text") == ["café"]
+
+
+def test_columns_by_position_skip_and_by_name(write) -> None:
+    spec = write("x.csv", "7,a b,c d,2.5\n8,e f,g h,0\n")
+    examples = open_data(spec, "_,sentence1,sentence2,score")
+    assert rows(examples) == {
+        "text": ["a b", "e f"],
+        "text_pair": ["c d", "g h"],
+        "score": [2.5, 0],
+    }
+    spec = write("y.csv", "Body,kind,text\nx,spam,no\ny,ham,no\nz,spam,no\n")
+    examples = open_data(spec, "query=body,label=kind")
+    assert rows(examples) == {"text": ["x", "y", "z"], "label": [1, 0, 1]}
+    assert examples.label_names == ("ham", "spam")
+    assert examples.relabel(["spam", "eggs", "ham"]).column("label") == [0, 2, 0]
+    with pytest.raises(DataError, match="lacks: ham"):
+        examples.relabel(["spam", "eggs"])
+
+
+def test_class_names_come_with_the_features(tmp_path: Path) -> None:
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
+    )
+    content = {"text": ["a", "b"], "label": [1, 0]}
+    datasets.Dataset.from_dict(content, features).to_parquet(tmp_path / "x.parquet")
+    examples = open_data(str(tmp_path / "x.parquet"))
+    assert examples.label_names == ("no", "yes")
+    assert examples.column("label") == [1, 0]
+
+
+def test_blank_texts_are_dropped_and_classes_ignore_the_limit(write) -> None:
+    lines = [{"text": t, "label": k} for t, k in [("a", "x"), (" ", "z"), (None, "w"), ("b", "y")]]
+    spec = write("x.jsonl", "\n".join(map(json.dumps, lines)))
+    assert open_data(spec).column("text") == ["a", "b"]
+    assert open_data(spec, limit=1).label_names == ("x", "y")
+
+
+def test_limit_is_seeded_and_keeps_order(write) -> None:
+    spec = write("x.txt", "\n".join(f"line {i:03}" for i in range(100)))
+    ten = open_data(spec, limit=10).column("text")
+    assert ten == sorted(ten)
+    assert (
+        ten == open_data(spec, limit=10).column("text") == open_data(spec).limit(10).column("text")
+    )
+    assert ten != open_data(spec, limit=10, seed=1).column("text")
+    assert len(open_data(spec, limit=1000)) == 100
+
+
+def test_images_keep_their_values(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    examples = open_data("digits:test", limit=7)
+    image = examples.column("image")[0]
+    assert (image.shape, image.dtype, image.max()) == ((8, 8), np.float32, 1.0)
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"img": [[0, 255], [3, 4]], "label": 0}))
+    (image,) = open_data(str(path)).column("image")
+    assert image.dtype == np.uint8
+    assert image.tolist() == [[0, 255], [3, 4]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "columns", "message"),
+    [
+        ("x.csv", "a man,a boy,5.0\nb,c,1\n", None, "a man, a boy, 5.0.*--columns sentence1,"),
+        ("x.csv", "text,label\na,1\n", "text=body", "no column body; it has text, label"),
+        ("x.csv", "text,label\na\n", None, "row 1 has 1 fields, the header has 2"),
+        ("x.csv", "a,b,c\n", "text,label", "row 1 has 3 fields, --columns names 2"),
+        ("x.csv", "question,sentence\na,b\n", None, "several columns for text"),
+        ("x.csv", "text,score\na,1\nb,high\n", None, "row 2: score 'high'"),
+        ("x.csv", "text,score\n,x\nb,nan\n", None, "row 2: score 'nan'"),
+        ("x.csv", "text,label\na,1\nb,0.5\n", None, "row 2: label '0.5' is not a class"),
+        ("x.csv", "text,label\na,1\nb,\n", None, "row 2 has no label"),
+        ("x.csv", "", None, "is empty"),
+        ("x.csv", "text\n\n", None, "holds no examples"),
+        ("x.txt", " \n", None, "holds no examples"),
+        ("x.npz", "", None, "I open files ending in .jsonl"),
+        ("x.jsonl", '{"text": "a"}\n{oh}', None, "line 2 is not JSON"),
+        ("x.jsonl", "[1]", None, "not a JSON object"),
+        ("x.jsonl", '{"text": 3}', None, "row 1: text is 3, not a string"),
+        ("x.jsonl", '{"image": [1, 2]}', None, "image 1 is not an H×W"),
+        ("x.parquet", "nonsense", None, "cannot be read as .parquet"),
+    ],
+)
+def test_bad_data_names_cause_and_cure(write, name, content, columns, message) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        open_data(write(name, content), columns)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "columns", ["text,label=x", "text,what", "text,,label", "what=x", "text,sentence", ""]
+)
+def test_bad_columns_are_refused(write, columns: str) -> None:
+    with pytest.raises(ConfigError, match="--columns"):
+        open_data(write("x.csv", "text,label\na,1\n"), columns)
+
+
+def test_bad_specs_are_refused(write) -> None:
+    for spec in ("nowhere.csv", "pydoc:dev", "digits:", "hf:glue", "hf"):
+        with pytest.raises(DataError):
+            open_data(spec)
+    with pytest.raises(ConfigError, match="CSV or TSV"):
+        open_data(write("x.jsonl", '{"text": "a"}'), "text,label")
+    with pytest.raises(ConfigError, match="limit"):
+        open_data(write("x.txt", "a"), limit=0)
+
+
+def test_hub_spec_is_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load(path: str, config: str | None, split: str) -> datasets.Dataset:
+        asked.append((path, config, split))
+        if (path, config) != ("glue", "sst2"):
+            raise FileNotFoundError(f"no {path}\nsecond line")
+        return datasets.Dataset.from_dict({"sentence": ["a"], "label": [1], "idx": [0]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert rows(open_data("hf:glue/sst2:train[:10%]")) == {"text": ["a"], "label": [1]}
+    assert asked == [("glue/sst2", None, "train[:10%]"), ("glue", "sst2", "train[:10%]")]
+    with pytest.raises(DataError, match="no org/glue; check the name and the connection"):
+        open_data("hf:org/glue/sst2:train")
+    assert asked[2:] == [("org/glue", "sst2", "train")]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared evaluation data is not here")
+@pytest.mark.parametrize(
+    ("name", "columns", "count", "roles"),
+    [
+        ("stsb/dev.csv", "sentence1,sentence2,score", 1500, {"text", "text_pair", "score"}),
+        ("sst2/dev.tsv", None, 872, {"text", "label"}),
+        ("agnews/train_subset_10k.tsv", "text,label", 10001, {"text", "label"}),
+        ("multi30k/val.de", None, 1014, {"text"}),
+    ],
+)
+def test_real_files_have_their_documented_rows(name, columns, count, roles) -> None:
+    examples = open_data(str(SHARED / name), columns)
+    assert len(examples) == count
+    assert examples.roles == roles
