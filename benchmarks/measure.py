@@ -16,7 +16,7 @@ from benchmarks.config import BenchmarkConfig, usable_cores
 from benchmarks.report import BenchmarkReport, Environment, Latency, Quality, SpeedUp, VariantReport
 from benchmarks.runtimes import Source, find_runtime
 from benchmarks.worker import LoadInfo, Variant, WarmUp, Worker, WorkerError
-from calib_data.errors import ConfigError
+from calib_data.errors import ConfigError, DataError
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -223,12 +223,25 @@ class _Evaluation:
 
     @classmethod
     def open(cls, config: BenchmarkConfig, source: Source) -> "_Evaluation":
-        from calib_data.metrics import default_metrics
+        from calib_data.metrics import METRICS, default_metrics
         from calib_data.sources import open_data
 
         assert config.eval is not None
         examples = open_data(config.eval, config.columns, config.limit)
-        metrics = config.metrics or default_metrics(source.task, examples.roles, True)
+        if examples.label_names and set(examples.label_names) <= set(source.labels):
+            examples = examples.relabel(source.labels)
+        fitting = default_metrics(source.task, examples.roles, True)
+        for name in config.metrics:  # now, not after minutes of timing
+            metric = METRICS.get(name)
+            known = metric is not None and metric.suits(source.task)
+            if metric is None or not known or set(metric.roles) - examples.roles:
+                raise DataError(
+                    f"metric {name} does not fit {source.task} and {config.eval}; "
+                    f"choose among {', '.join(fitting)}"
+                )
+        metrics = config.metrics or fitting
+        if not metrics:
+            raise DataError(f"no metric fits {source.task} and {config.eval}; use other data")
         settings = {
             "processor": source.processor,
             "task": source.task,
@@ -259,9 +272,9 @@ class _Evaluation:
                     continue
                 if subject is reference:
                     measured[metric] = found
-                quality = subject.attempt(_quality, found, measured.get(metric), seed)
-                if quality is not None:
-                    subject.quality.append(quality)
+                row = subject.attempt(quality, found, measured.get(metric), self.examples, seed)
+                if row is not None:
+                    subject.quality.append(row)
 
 
 class Remembered:
@@ -295,23 +308,38 @@ def _digest(batch: Mapping[str, Any]) -> bytes:
     return digest.digest()
 
 
-def _quality(found: Any, baseline: Any | None, seed: int) -> Quality:
-    """Return a metric's value with its difference to the baseline's, paired where it can be."""
+def quality(found: Any, baseline: Any | None, examples: Any, seed: int) -> Quality:
+    """Return a metric's value and its difference to the baseline's, with an interval if it has one."""
+    from calib_data.metrics import METRICS
+
     if not np.isfinite(found.value):
-        raise WorkerError(f"{found.name} is not a finite number: the outputs do not vary")
-    ours = found.per_example
-    theirs = baseline.per_example if baseline is not None and baseline is not found else None
+        raise WorkerError(f"{found.name} is not a finite number: the outputs are useless")
     interval = None
-    if ours is not None and theirs is not None and len(ours) == len(theirs):
-        interval = statistics.paired_interval(ours, theirs, seed=seed)
+    statistic = _statistic(found, examples)
+    if statistic is not None and baseline is not None and baseline is not found:
+        ours, theirs = found.per_example, baseline.per_example
+        interval = statistics.paired_interval(ours, theirs, seed=seed, statistic=statistic)
     return Quality(
         metric=found.name,
         value=float(found.value),
         higher_is_better=found.higher_is_better,
-        examples=None if ours is None else len(ours),
+        examples=len(examples),
         difference=None if baseline is None else float(found.value - baseline.value),
         interval=interval,
+        unit=METRICS[found.name].unit if found.name in METRICS else "",
     )
+
+
+def _statistic(found: Any, examples: Any) -> Callable[[np.ndarray, np.ndarray], float] | None:
+    """Return how a metric's value follows from its values per example, or None where it does not."""
+    if found.per_example is None or len(found.per_example) != len(examples):
+        return None
+    if found.name == "spearman":
+        scores = np.asarray(examples.column("score"))
+        return lambda values, rows: 100 * statistics.rank_correlation(values, scores[rows])
+    mean = float(np.nanmean(found.per_example))
+    scale = next((scale for scale in (1, 100) if np.isclose(scale * mean, found.value)), None)
+    return None if scale is None else lambda values, rows: scale * float(np.nanmean(values))
 
 
 # --- the report ----------------------------------------------------------------------------------
@@ -331,7 +359,7 @@ def _variant_report(
         name=subject.variant.name,
         runtime=subject.variant.runtime,
         model=Path(subject.variant.model).name,
-        lineage=[dict(entry) for entry in subject.source.lineage],
+        lineage=[_without_places(dict(entry)) for entry in subject.source.lineage],
         size_bytes=subject.source.size_bytes,
         sha256=dict(subject.source.sha256),
         status="ok" if subject.failure is None else "failed",
@@ -401,11 +429,15 @@ def _check_names(variants: Sequence[Variant], baseline: str | None) -> str:
     return baseline or names[0]
 
 
+def _without_places(value: Any) -> Any:
+    """Return plain data with absolute paths cut to their last part: a report is shown around."""
+    if isinstance(value, Mapping):
+        return {name: _without_places(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_places(item) for item in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
 def _shown_config(config: BenchmarkConfig, threads: int) -> dict[str, Any]:
     """Return the settings as they were used, without places on this machine."""
-    shown = {**config.to_json(), "threads": threads}
-    if config.eval and Path(config.eval).is_absolute():
-        shown["eval"] = Path(config.eval).name
-    shown["shapes"] = [list(shape) for shape in config.shapes]
-    shown["metrics"] = list(config.metrics)
-    return shown
+    return _without_places({**config.to_json(), "threads": threads})

@@ -17,7 +17,7 @@ _CSS = {INK: "ink", MUTED: "muted", LINE: "line", ACCENT: "accent", BAR: "bar", 
 _SETTINGS: dict[str, Any] = {
     "svg.fonttype": "none",  # text stays text: searchable, readable aloud, in the page's font
     "text.parse_math": False,  # a variant may be called $x$
-    "font.size": 12,
+    "font.size": 13,
 }
 _POINT = 1 / 72  # inches
 
@@ -93,7 +93,7 @@ def quality_plot(report: BenchmarkReport, width: int) -> Plot | None:
         f"{v.name}: {summary.number(1e3 * x.median)} ms, {summary.score(q.value)}"
         for v, x, q in points
     )
-    title = f"{metric} against latency at {place}"
+    title = f"{(metric or '').replace('_', ' ')} against latency at {place}".capitalize()
     with _settings(f"{title} {width}"):
         figure, axes = _figure(width, 380)
         axes.set_position((62 / width, 52 / 380, 1 - 82 / width, 1 - 70 / 380))
@@ -116,7 +116,12 @@ def quality_plot(report: BenchmarkReport, width: int) -> Plot | None:
         axes.margins(y=0.18)
         _label(figure, axes, [(v.name, x.median * 1e3, q.value) for v, x, q in points])
         axes.set_xlabel(f"Median latency at {place}, ms", color=MUTED)
-        axes.set_title(f"{metric} ({better} is better)", loc="left", fontsize=12, color=MUTED)
+        axes.set_title(
+            f"{summary.metric_label(points[0][2])} ({better} is better)",
+            loc="left",
+            fontsize=12,
+            color=MUTED,
+        )
         return Plot(title, f"{title}. {values}.", _svg(figure))
 
 
@@ -136,7 +141,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 # --- drawing -------------------------------------------------------------------------------------
 
 
-def _bars(title: str, subject: str, bars: list[_Bar], width: int = 360, row: int = 44) -> Plot:
+def _bars(title: str, subject: str, bars: list[_Bar], width: int = 360, row: int = 46) -> Plot:
     """Return bars from zero, each under its name and its figure, so that no axis is needed."""
     height = row * len(bars)
     spoken = ", ".join(f"{bar.name} {bar.text}" for bar in bars)
@@ -150,7 +155,7 @@ def _bars(title: str, subject: str, bars: list[_Bar], width: int = 360, row: int
         for i, bar in enumerate(bars):
             top = i * row + 25
             axes.barh(top, width, height=8, align="edge", color=LINE)
-            room = int((width - 8.2 * len(bar.text)) / 7.2)
+            room = int((width - 8.8 * len(bar.text)) / 7.8)
             name = bar.name if len(bar.name) <= room else bar.name[: room - 1] + "…"
             axes.text(0, top - 7, name, color=INK)
             axes.text(width, top - 7, bar.text, color=INK if bar.accent else MUTED, ha="right")
@@ -206,10 +211,16 @@ def _label(figure: Any, axes: Any, points: list[tuple[str, float, float]]) -> No
     for _, x, y in points:
         left, top = axes.transData.transform((x, y))
         taken.append(Bbox.from_extents(left - 7, top - 7, left + 7, top + 7))
-    places = [(12, 0, "left", "center"), (-12, 0, "right", "center")]
+    # The front comes from below and leaves to the right, intervals go all four ways: between them.
+    places = [
+        (9, 13, "left", "center"),
+        (-9, 13, "right", "center"),
+        (-12, 0, "right", "center"),
+        (12, 0, "left", "center"),
+    ]
     places += [
         (shift, up, side, "center")
-        for up in (16, -16, 30, -30)
+        for up in (-16, 16, 30, -30)
         for shift, side in ((0, "center"), (6, "left"), (-6, "right"))
     ]
     for i, (name, x, y) in enumerate(points):
@@ -248,7 +259,7 @@ def _svg(figure: Any) -> str:
     for unwanted in ("metadata", "style", "clipPath"):
         body = re.sub(rf"<{unwanted}\b.*?</{unwanted}>", "", body, flags=re.DOTALL)
     body = re.sub(r' clip-path="[^"]*"', "", body)
-    body = re.sub(r'<g id="[^"]*">', "<g>", body)
+    body = re.sub(r'<g id="[^"]*"(/?)>', r"<g\1>", body)
     body = re.sub(r'(<text style="[^"]*?)font-family: [^;"]*; ', r"\1", body)
     for stand_in, name in _CSS.items():
         body = body.replace(stand_in, f"var(--{name})")

@@ -40,6 +40,8 @@ def render_html(report: BenchmarkReport) -> str:
     )
     environment.filters["drawing"] = lambda plot: Markup(plot.svg)  # matplotlib escapes its text
     scatters = {name: plots.quality_plot(report, width) for name, width in _WIDTHS.items()}
+    winner = summary.best(report)
+    environment.globals["winner"] = winner.name if winner else None  # macros see only globals
     return environment.get_template("report.html.j2").render(
         report=report,
         verdict=summary.verdict(report),
@@ -102,7 +104,7 @@ def render_table(report: BenchmarkReport) -> "RichTable":
     verdict = Text(summary.verdict(report), style="bold")
     drawn = RichTable(title=verdict, title_justify="left", caption_justify="left")
     for i, column in enumerate(table.columns):
-        drawn.add_column(Text(column), justify="right" if i else "left")
+        drawn.add_column(Text(column), justify="right" if i else "left", overflow="fold")
     for row in table.rows:
         shown = (f"{cell.text}\n{cell.note}".strip() for cell in row)  # 80 columns are few
         drawn.add_row(*(Text(text) for text in shown))

@@ -57,9 +57,10 @@ class Quality:
     metric: str
     value: float
     higher_is_better: bool
-    examples: int | None
+    examples: int
     difference: float | None  # to the baseline's value
     interval: Interval | None  # of the difference, paired by example
+    unit: str = ""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ the memory of an ONNX worker must not hold PyTorch.
 
 import hashlib
 import importlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ class Source:
     size_bytes: int
     sha256: Mapping[str, str]  # per weight file
     output: str | None = None  # the output that the task is about
+    labels: tuple[str, ...] = ()  # a classifier's class names, in order
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def _describe_checkpoint(model: str) -> Source:
         size_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
         sha256={"weights": weights_sha256(checkpoint.module)},
         output=checkpoint.output,
+        labels=_labels(getattr(checkpoint.config, "id2label", None)),
     )
 
 
@@ -109,6 +112,8 @@ def _describe_bundle(model: str) -> Source:
     from export.bundle import open_bundle
 
     bundle = open_bundle(model)
+    config = bundle.path / "config.json"
+    settings = json.loads(config.read_text()) if config.is_file() else {}
     files = sorted(bundle.model_path.parent.glob(f"{bundle.model_path.name}*"))
     return Source(
         task=bundle.task,
@@ -118,7 +123,8 @@ def _describe_bundle(model: str) -> Source:
         lineage=tuple(bundle.lineage),
         size_bytes=bundle.size_bytes,
         sha256={file.name: _file_sha256(file) for file in files},
-        output=getattr(bundle, "output", None),
+        output=bundle.manifest.get("output"),
+        labels=_labels(settings.get("id2label")),
     )
 
 
@@ -135,6 +141,11 @@ def _open_graph(model: str, provider: str, threads: int) -> Loaded:
         collect=lambda outputs: dict(zip(names, outputs, strict=True)),
         providers=tuple(session.get_providers()),
     )
+
+
+def _labels(names: Mapping[Any, str] | None) -> tuple[str, ...]:
+    """Return the class names of a config, whose keys are whole numbers or their digits."""
+    return tuple(names[key] for key in sorted(names, key=int)) if names else ()
 
 
 def _file_sha256(path: Path) -> str:

@@ -77,18 +77,23 @@ def is_different(interval: tuple[float, float]) -> bool:
 
 
 def paired_interval(
-    values: Sequence[float],
-    baseline: Sequence[float],
+    values: Sequence[float] | np.ndarray,
+    baseline: Sequence[float] | np.ndarray,
     *,
     seed: int,
-    statistic: Callable[..., np.ndarray] = np.mean,
-    resamples: int = 2000,
+    statistic: Callable[[np.ndarray, np.ndarray], float] = lambda values, rows: np.mean(values),
+    resamples: int = 1000,
 ) -> tuple[float, float]:
-    """Return the 95 % interval of the mean difference, paired by example (percentile bootstrap)."""
-    differences = np.asarray(values, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
+    """Return the 95 % interval of the difference of a statistic, paired by example.
+
+    Percentile bootstrap over examples. `statistic` is given the values of the drawn examples and
+    their rows, so that it can look up what else belongs to them.
+    """
+    ours, theirs = np.asarray(values, np.float64), np.asarray(baseline, np.float64)
     random = np.random.default_rng(seed)
-    draws = (random.integers(len(differences), size=len(differences)) for _ in range(resamples))
-    return _bounds(np.asarray([statistic(differences[draw]) for draw in draws]))
+    draws = (random.integers(len(ours), size=len(ours)) for _ in range(resamples))
+    found = [statistic(ours[rows], rows) - statistic(theirs[rows], rows) for rows in draws]
+    return _bounds(np.asarray(found))
 
 
 def row_cosines(outputs: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -99,6 +104,15 @@ def row_cosines(outputs: np.ndarray, reference: np.ndarray) -> np.ndarray:
     dots = (left * right).sum(axis=1)
     same = (left == right).all(axis=1)
     return np.where(same, 1.0, dots / np.where(norms == 0, 1.0, norms))
+
+
+def rank_correlation(left: np.ndarray, right: np.ndarray) -> float:
+    """Return Spearman's correlation, ties sharing their mean rank; 0 where one side is constant."""
+    from scipy.stats import rankdata
+
+    if np.ptp(left) == 0 or np.ptp(right) == 0:
+        return 0.0
+    return float(np.corrcoef(rankdata(left), rankdata(right))[0, 1])
 
 
 def _bounds(statistics: np.ndarray) -> tuple[float, float]:

@@ -65,6 +65,12 @@ def quality_of(variant: VariantReport, metric: str | None) -> Quality | None:
     return next((x for x in variant.quality if x.metric == metric), None)
 
 
+def metric_label(quality: Quality) -> str:
+    """Return a metric's name as a heading: spearman × 100, cosine fidelity, accuracy in %."""
+    name = quality.metric.replace("_", " ")
+    return f"{name} in %" if quality.unit == "%" else f"{name} {quality.unit}".strip()
+
+
 def best(report: BenchmarkReport) -> VariantReport | None:
     """Return the variant furthest ahead of the baseline at the headline, or None.
 
@@ -107,7 +113,7 @@ def verdict(report: BenchmarkReport) -> str:
     quality = quality_of(winner, main_metric(report))
     tail = ""
     if quality is not None and quality.difference is not None:
-        tail = f"; {quality.metric} {difference(quality, short=True)}"
+        tail = f"; {quality.metric.replace('_', ' ')} {difference(quality, short=True)}"
     return f"{speed} and {size_against(winner, base)}{tail}"
 
 
@@ -134,7 +140,7 @@ def highlights(report: BenchmarkReport) -> list[tuple[str, str]]:
     quality = quality_of(winner, main_metric(report))
     if quality is not None:
         change = "" if quality.difference is None else f"; {difference(quality)} to {base.name}"
-        found.append((score(quality.value), f"{quality.metric}{change}"))
+        found.append((score(quality.value), f"{metric_label(quality)}{change}"))
     return found
 
 
@@ -172,7 +178,7 @@ def notes(report: BenchmarkReport) -> list[str]:
 def summary_table(report: BenchmarkReport) -> Table:
     """Return one row per variant: what to decide by."""
     place, base = headline(report), report.variant(report.baseline)
-    metrics = list(dict.fromkeys(x.metric for v in report.variants for x in v.quality))
+    metrics = {x.metric: metric_label(x) for v in report.variants for x in v.quality}
     rows = []
     for variant in report.variants:
         latency = latency_at(variant, place)
@@ -183,7 +189,14 @@ def summary_table(report: BenchmarkReport) -> Table:
         cells.append(_memory(variant))
         cells += [_quality(quality_of(variant, metric)) for metric in metrics]
         rows.append(tuple(cells))
-    columns = ("Variant", f"Median at {place}", "Speed-up", "Size", "Peak memory", *metrics)
+    columns = (
+        "Variant",
+        f"Median at {place}",
+        "Speed-up",
+        "Size",
+        "Peak memory",
+        *metrics.values(),
+    )
     return Table("summary", "All variants at a glance", columns, tuple(rows))
 
 
@@ -233,7 +246,8 @@ def quality_table(report: BenchmarkReport) -> Table:
                 continue
             interval = ""
             if x.interval is not None:
-                interval = f"{signed(x.interval[0], x.value)} to {signed(x.interval[1], x.value)}"
+                low, high = (signed(end, x.value) for end in x.interval)
+                interval = f"{low} to {high}" if low != high else ""
             change = Cell(NONE)
             if x.difference is not None and variant.name != report.baseline:
                 change = Cell(difference(x), x.difference, interval)
@@ -241,7 +255,7 @@ def quality_table(report: BenchmarkReport) -> Table:
             rows.append(
                 (
                     Cell(variant.name, variant.name),
-                    Cell(x.metric, x.metric),
+                    Cell(metric_label(x), x.metric),
                     Cell(score(x.value), x.value),
                     change,
                     Cell(better, better),
@@ -249,11 +263,11 @@ def quality_table(report: BenchmarkReport) -> Table:
             )
     config = report.config
     data = config.get("eval") or "no data"
-    limit = f", {config['limit']} examples of it" if config.get("limit") else ""
+    examples = next((x.examples for v in report.variants for x in v.quality), 0)
     return Table(
         "quality",
-        f"Measured on {data}{limit}. In parentheses: 95 % interval of the difference, paired by "
-        "example, where the metric has a value per example.",
+        f"Measured on {data}, {examples:,} examples. In parentheses: 95 % interval of the "
+        "difference, paired by example, where the metric follows from values per example.",
         ("Variant", "Metric", "Value", f"Difference to {report.baseline}", "Better"),
         tuple(rows),
     )

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from calib_data.errors import ModelError
+from compress.int8 import DynamicInt8Linear
 
 Kind = Literal["heads", "neurons"]
 
@@ -70,13 +71,15 @@ class Group:
 
 
 def is_linear(module: nn.Module | None) -> bool:
-    """Whether `module` is a linear layer with a float weight: `nn.Linear` or GPT-2's `Conv1D`."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    """Whether `module` is a linear layer: `nn.Linear`, GPT-2's `Conv1D`, or an int8 one."""
+    known = isinstance(module, nn.Linear | DynamicInt8Linear)
+    return known or type(module).__name__ == "Conv1D"
 
 
 def features(module: Any) -> tuple[int, int]:
     """Return (inputs, outputs) of a linear layer."""
     rows, columns = module.weight.shape
+    # nn.Linear alone holds (outputs, inputs)
     return (columns, rows) if isinstance(module, nn.Linear) else (rows, columns)
 
 

@@ -1,7 +1,6 @@
 """A model with all that is needed to use it again, in memory and on disk."""
 
 import hashlib
-import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,18 +16,10 @@ from compress.files import write_json
 from compress.sentence import SentenceEncoder
 from compress.signature import Signature, named_outputs
 from compress.tasks import CUSTOM, TASKS, Task
+from compress.versions import versions
 
 FORMAT = 1  # of onnxpress.json; raised when an older reader would misread a newer file
 MANIFEST = "onnxpress.json"
-_PACKAGES = (
-    "torch",
-    "transformers",
-    "onnx",
-    "onnxscript",
-    "onnxruntime-gpu",
-    "onnxruntime",
-    "numpy",
-)
 
 
 @dataclass(frozen=True)
@@ -112,17 +103,6 @@ class StageResult:
 
     checkpoint: Checkpoint
     report: dict[str, Any]
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the installed packages that a result depends on."""
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:

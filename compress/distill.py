@@ -158,6 +158,12 @@ def _check_pair(
         )
     if student.quantization or any(p.dtype == torch.int8 for p in student.module.buffers()):
         raise ModelError("a quantized student cannot be trained; distill first, then quantize")
+    sizes = [c.signature.vocabulary for c in (student, teacher)]
+    if sizes[0] != sizes[1]:
+        raise ModelError(
+            f"the student knows {sizes[0]} token ids, the teacher {sizes[1]}; "
+            "both must belong to one tokenizer"
+        )
     sample = student.signature.sample(batch=2, sequence=4)
     mine, theirs = student.predict(sample), teacher.predict(sample)
     for name, needed in (("logits", "logits"), ("embedding", student.output)):

@@ -15,6 +15,7 @@ import psutil
 from calib_data.errors import DestinationError, ModelError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_UNUSABLE = (PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError)
 
 
 @contextlib.contextmanager
@@ -28,14 +29,14 @@ def staged_directory(destination: Path, overwrite: bool = False) -> Iterator[Pat
     or the disk is full.
     """
     destination = Path(destination).absolute()
-    if destination.exists() and not overwrite:
-        raise DestinationError(f"{destination} exists; pass --overwrite to replace it")
     if destination.is_file():
         raise DestinationError(f"{destination} is a file; name a directory")
     staging = destination.parent / f".{destination.name}.partial-{os.getpid()}"
     with destination_errors(destination):
         destination.parent.mkdir(parents=True, exist_ok=True)
         _recover(destination)
+        if destination.exists() and not overwrite:
+            raise DestinationError(f"{destination} exists; pass --overwrite to replace it")
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
     try:
@@ -57,7 +58,7 @@ def destination_errors(destination: Path) -> Iterator[None]:
             raise DestinationError(
                 f"no space left while writing {destination}; free some or choose another place"
             ) from error
-        if isinstance(error, PermissionError | NotADirectoryError) or error.errno == errno.EROFS:
+        if isinstance(error, _UNUSABLE) or error.errno == errno.EROFS:
             raise DestinationError(
                 f"cannot write {destination} ({error.strerror}); choose a writable place"
             ) from error

@@ -73,6 +73,7 @@ def prune(
             settings=config.to_json(),
             parent=weights_sha256(checkpoint.backbone),
             data=batches.fingerprint,
+            units={group.key: group.units for group in groups},
             metrics={k: report[k] for k in ("parameters_before", "parameters_after")},
         ),
         report,

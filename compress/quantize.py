@@ -39,7 +39,7 @@ def quantize(
         raise ModelError("this checkpoint is quantized already; start from the float one")
     module = copy.deepcopy(checkpoint.module)
     quantized = replace(checkpoint, module=module)
-    names = _quantizable(quantized.backbone, config.skip)
+    names = _quantizable(quantized, config.skip)
     if not names:
         raise ModelError("there is no linear layer or embedding table to quantize")
     for name in names:
@@ -83,14 +83,35 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
     return copied
 
 
-def _quantizable(model: nn.Module, skip: tuple[str, ...]) -> list[str]:
+def _quantizable(checkpoint: Checkpoint, skip: tuple[str, ...]) -> list[str]:
+    called = _called(checkpoint)
     return [
         name
-        for name, module in model.named_modules()
+        for name, module in checkpoint.backbone.named_modules()
         if _replaceable(module)
-        and name
+        and name in called
         and not any(fnmatch.fnmatch(name, pattern) for pattern in skip)
     ]
+
+
+def _called(checkpoint: Checkpoint) -> set[str]:
+    """Return the names of the modules that a forward pass calls.
+
+    The others stay float: DeBERTa reads the weight of its relative embeddings past their module,
+    and would take the int8 values for the numbers themselves.
+    """
+    called: set[str] = set()
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: called.add(name))
+        for name, module in checkpoint.backbone.named_modules()
+        if name
+    ]
+    try:
+        checkpoint.predict(checkpoint.signature.sample(batch=2, sequence=4))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return called
 
 
 def _replaceable(module: nn.Module) -> bool:

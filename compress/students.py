@@ -59,7 +59,7 @@ def student_from_layers(teacher: Checkpoint, keep: Sequence[int]) -> Checkpoint:
     for index, layer in enumerate(kept):
         for part in layer.modules():
             if hasattr(part, "layer_idx"):
-                part.layer_idx = index
+                part.layer_idx = index  # type: ignore[assignment]
     config: Any = student.config
     config.num_hidden_layers = len(keep)
     if isinstance(getattr(config, "layer_types", None), list):

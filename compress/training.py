@@ -24,6 +24,7 @@ class TrainConfig(StageConfig):
     clip: float = 1.0  # largest gradient norm
     accumulate: int = 1  # batches per step
     precision: str = "no"  # or bf16, fp16
+    dropout: bool = False  # a teacher's answer is exact: noise in the student only slows it down
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -76,7 +77,7 @@ def train_(
     optimizer = torch.optim.AdamW(_parameter_groups(module, config), lr=config.learning_rate)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config))
     model, optimizer, scheduler = accelerator.prepare(module, optimizer, scheduler)
-    module.train()
+    module.train(config.dropout)
     losses: list[float] = []
     stream = _stream(batches)
     seen = 0

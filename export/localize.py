@@ -50,14 +50,14 @@ def first_divergence(
         ir.save(graph, path, external_data="probed.onnx.data")
         found = run(open_session(path, optimize=False), case)
     for name in names:
-        value = found[str(values[name].name)]
-        if value.shape != exact[name].shape:
+        array = found[str(values[name].name)]
+        if array.shape != exact[name].shape:
             continue  # a module whose result the graph holds in another layout
-        error, allowed = errors(value, exact[name]), allowed_errors(exact[name], own[name], factor)
+        error, allowed = errors(array, exact[name]), allowed_errors(exact[name], own[name], factor)
         if error[0] > allowed[0] or error[1] > allowed[1]:
             return (
-                f"{name} ({last[name].op_type}): graph mean {value.mean():.4g}, spread "
-                f"{value.std():.4g}; source mean {exact[name].mean():.4g}, spread "
+                f"{name} ({last[name].op_type}): graph mean {array.mean():.4g}, spread "
+                f"{array.std():.4g}; source mean {exact[name].mean():.4g}, spread "
                 f"{exact[name].std():.4g}"
             )
     return None

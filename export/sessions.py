@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime as ort
-from torch import Tensor
 
-from calib_data.batches import Predict
 from calib_data.errors import ConfigError, ModelError, ProviderError
+
+if TYPE_CHECKING:  # a worker that only runs a graph should not carry torch in its memory
+    from calib_data.batches import Predict
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -59,15 +60,11 @@ def open_session(
 
 def run(session: ort.InferenceSession, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Return the session's outputs by name for the entries of `inputs` that it takes."""
-    feed = {item.name: _array(inputs[item.name]) for item in session.get_inputs()}
+    feed = {item.name: np.asarray(inputs[item.name]) for item in session.get_inputs()}
     names = [item.name for item in session.get_outputs()]
     return dict(zip(names, session.run(names, feed)))
 
 
-def session_predict(session: ort.InferenceSession) -> Predict:
+def session_predict(session: ort.InferenceSession) -> "Predict":
     """Return `run` on `session` as what metrics take."""
     return lambda batch: run(session, batch)
-
-
-def _array(value: Any) -> np.ndarray:
-    return value.numpy() if isinstance(value, Tensor) else np.asarray(value)

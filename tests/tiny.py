@@ -4,16 +4,30 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
+import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.bert.configuration_bert import BertConfig
 
-WORDS = (
+from calib_data.batches import Batches, ImageShape
+from calib_data.sources import Examples
+from compress.checkpoint import Checkpoint, save_checkpoint
+from compress.signature import transformer_signature
+from compress.tasks import get_task
+
+_WORDS = (
     "the a cat dog bird sat ran flew on under over mat tree house red blue green small large "
     "and or not is was one two three what when where python module function value returns "
     "text with from to of in it that this for as by are be an at"
-).split()
+)
+WORDS = _WORDS.split()
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
@@ -45,14 +59,14 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_bert_config(**changes: Any) -> BertConfig:
     """Return a two-layer BERT config, 4 heads of 8, 64 positions."""
-    settings: dict[str, Any] = dict(
-        vocab_size=len(tiny_tokenizer()),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=64,
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": len(tiny_tokenizer()),
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": 64,
+    }
     return BertConfig(**(settings | changes))
 
 
@@ -78,7 +92,12 @@ def write_sentence_encoder(directory: Path, seed: int = 0, **changes: Any) -> Pa
     write_bert(directory, seed, **changes)
     modules = [
         {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+        {
+            "idx": 1,
+            "name": "1",
+            "path": "1_Pooling",
+            "type": "sentence_transformers.models.Pooling",
+        },
         {
             "idx": 2,
             "name": "2",
@@ -91,6 +110,103 @@ def write_sentence_encoder(directory: Path, seed: int = 0, **changes: Any) -> Pa
     (directory / "1_Pooling").mkdir()
     pooling = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}
     (directory / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    return directory
+
+
+# family → what its tiny config needs beside `_SHARED`, in transformers' own names
+_SHARED: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+_TEXT: dict[str, dict[str, Any]] = {
+    "albert": {"embedding_size": 16, "num_hidden_groups": 2},
+    "bart": {
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+    },
+    "bert": {},
+    "camembert": {"pad_token_id": 1, "max_position_embeddings": 66},
+    "clip_text_model": {"projection_dim": 16},
+    "deberta-v2": {
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_biased_input": False,
+        "max_relative_positions": 64,
+        "share_att_key": True,
+    },
+    "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64},
+    "electra": {"embedding_size": 16},
+    "gemma": {"num_key_value_heads": 2, "head_dim": 8},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "gpt_neox": {"rotary_pct": 0.5},
+    "llama": {"num_key_value_heads": 2},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 8},
+    "modernbert": {"global_attn_every_n_layers": 2, "local_attention": 8},
+    "mpnet": {},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "phi": {"partial_rotary_factor": 0.5},
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
+    "roberta": {"pad_token_id": 1, "max_position_embeddings": 66},
+    "t5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
+    "xlm-roberta": {"pad_token_id": 1, "max_position_embeddings": 66},
+}
+_VISION: dict[str, Any] = {"image_size": 12, "patch_size": 4, "num_channels": 3}
+VISION = ("deit", "vit")
+FAMILIES = tuple(sorted([*_TEXT, *VISION]))
+
+
+def tiny_config(family: str, **changes: Any) -> Any:
+    """Return a two-layer config of `family`: 4 heads of 8, 64 neurons, 64 positions, no dropout."""
+    if family in VISION:
+        return AutoConfig.for_model(family, **(_SHARED | _VISION | changes))
+    words = {"vocab_size": len(tiny_tokenizer()), "bos_token_id": 2, "eos_token_id": 3}
+    return AutoConfig.for_model(family, **(_SHARED | words | _TEXT[family] | changes))
+
+
+def tiny_model(family: str, auto: Any = AutoModel, seed: int = 0, **changes: Any) -> Any:
+    """Return a seeded model of `family` in eval mode, its weights three times the usual size.
+
+    Fresh weights are so small that a mistake in one hardly shows; these behave like trained ones.
+    """
+    torch.manual_seed(seed)
+    model = auto.from_config(tiny_config(family, **changes))
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if value.dim() > 1:
+                value.mul_(3)
+            elif name.endswith("bias"):
+                value.normal_(std=0.1)
+    return model.eval()
+
+
+def tiny_checkpoint(family: str, task: str = "feature-extraction", **changes: Any) -> Checkpoint:
+    """Return a seeded checkpoint of `family` for `task`, in memory."""
+    model = tiny_model(family, getattr(transformers, get_task(task).auto_class), **changes)
+    vision = family in VISION
+    processor = ImageShape(12, 3) if vision else tiny_tokenizer()
+    return Checkpoint(model, task, transformer_signature(model, model, processor), processor)
+
+
+def tiny_batches(count: int = 16, batch_size: int = 4, **columns: list[Any]) -> Batches:
+    """Return batches of the first `count` sentences, with labels or scores if `columns` has them."""
+    table = datasets.Dataset.from_dict({"text": SENTENCES[:count], **columns})
+    return Batches(Examples(table, "test data"), tiny_tokenizer(), batch_size=batch_size)
+
+
+def write(checkpoint: Checkpoint, directory: Path) -> Path:
+    """Save `checkpoint` in `directory`; return the directory."""
+    directory.mkdir(parents=True)
+    save_checkpoint(checkpoint, directory)
     return directory
 
 

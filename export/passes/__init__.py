@@ -7,11 +7,15 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
+from export.passes.batched_rotary import batched_rotary_
 from export.passes.flat_attention import flat_attention_
 from export.passes.residual_as_sum import residual_as_sum_
 
 PASSES: dict[str, tuple[Callable[[ir.Model], int], ...]] = {
-    "portable": (),
-    "cpu": (flat_attention_, residual_as_sum_),
-    "cuda": (flat_attention_,),
+    "portable": (batched_rotary_,),
+    "cpu": (batched_rotary_, flat_attention_, residual_as_sum_),
+    "cuda": (
+        batched_rotary_,
+        flat_attention_,
+    ),
 }

@@ -45,8 +45,10 @@ def make_variant(
             make_latency(milliseconds, base, 8, seed),
         ],
         quality=[
-            Quality("spearman", value, True, None, value - 86.72, None),
-            Quality("cosine", 1 - (86.72 - value) / 30, True, 500, (value - 86.72) / 30, None),
+            Quality("spearman", value, True, 1500, value - 86.72, None, "× 100"),
+            Quality(
+                "cosine_fidelity", 1 - (86.72 - value) / 30, True, 1500, (value - 86.72) / 30, None
+            ),
         ],
     )
 

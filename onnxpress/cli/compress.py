@@ -1,0 +1,186 @@
+"""`compress distill | prune | quantize | inspect`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from onnxpress.cli.options import (
+    Group,
+    Output,
+    common,
+    data_options,
+    model_argument,
+    out_option,
+    task_option,
+    trust_option,
+)
+from onnxpress.stages import (
+    DataChoice,
+    ModelChoice,
+    Run,
+    distill_model,
+    prune_model,
+    quantize_model,
+)
+
+
+@click.group(cls=Group)
+def compress_group() -> None:
+    """Make a model smaller: distill, prune, quantize, in any order that makes sense."""
+
+
+@compress_group.command("distill")
+@click.option("--teacher", required=True, help="The model to learn from.")
+@click.option("--student", help="The model that learns: a directory, pruned or not.")
+@click.option("--layers", type=int, help="Or: this many of the teacher's layers, evenly spaced.")
+@data_options
+@task_option
+@trust_option
+@click.option("--losses", default="", help="Names with weights, as in embedding=1,hidden=0.5.")
+@click.option("--temperature", type=float, default=3.0, show_default=True)
+@click.option(
+    "--alpha", type=float, default=0.7, show_default=True, help="Weight of soft against hard loss."
+)
+@click.option("--steps", type=int, default=300, show_default=True)
+@click.option("--lr", type=float, default=2e-4, show_default=True, help="Learning rate.")
+@click.option("--accumulate", type=int, default=1, show_default=True, help="Batches per step.")
+@click.option("--precision", default="no", show_default=True, help="no, bf16 or fp16.")
+@out_option
+@common
+def distill_command(
+    teacher: str,
+    student: str | None,
+    layers: int | None,
+    data: DataChoice,
+    task: str | None,
+    trust_remote_code: bool,
+    losses: str,
+    temperature: float,
+    alpha: float,
+    steps: int,
+    lr: float,
+    accumulate: int,
+    precision: str,
+    out: Path,
+    run: Run,
+    output: Output,
+) -> None:
+    """Train a student to behave like its teacher."""
+    from compress.distill import DistillConfig
+    from compress.training import TrainConfig
+
+    train = TrainConfig(
+        steps=steps, learning_rate=lr, accumulate=accumulate, precision=precision, seed=run.seed
+    )
+    chosen = tuple(part.strip() for part in losses.split(",") if part.strip())
+    config = DistillConfig(chosen, temperature, alpha, train)
+    result = distill_model(
+        ModelChoice(teacher, task, trust_remote_code),
+        ModelChoice(student, task, trust_remote_code) if student else None,
+        layers,
+        data,
+        config,
+        out,
+        run,
+    )
+    output.show(
+        result,
+        lambda r: (
+            f"{r['path']}: loss {r['loss_first']:.4g} → {r['loss_last']:.4g} in {r['steps']} steps; "
+            f"{r['parameters_student']:,} parameters, the teacher {r['parameters_teacher']:,}"
+        ),
+    )
+
+
+@compress_group.command("prune")
+@model_argument
+@data_options
+@click.option("--heads", type=float, default=0.25, show_default=True, help="Share to remove.")
+@click.option("--ffn", type=float, default=0.25, show_default=True, help="Share to remove.")
+@click.option(
+    "--round-to", type=int, default=16, show_default=True, help="Neurons are removed in such steps."
+)
+@out_option
+@common
+def prune_command(
+    model: ModelChoice,
+    data: DataChoice,
+    heads: float,
+    ffn: float,
+    round_to: int,
+    out: Path,
+    run: Run,
+    output: Output,
+) -> None:
+    """Remove the least important attention heads and feed-forward neurons."""
+    from compress.prune import PruneConfig
+
+    config = PruneConfig(heads=heads, ffn=ffn, round_to=round_to, seed=run.seed)
+    result = prune_model(model, data, config, out, run)
+    output.show(
+        result,
+        lambda r: "\n".join(
+            [
+                *_layer_lines(r["layers"]),
+                f"{r['path']}: {r['parameters_before']:,} → {r['parameters_after']:,} parameters",
+            ]
+        ),
+    )
+
+
+@compress_group.command("quantize")
+@model_argument
+@click.option(
+    "--scheme", type=click.Choice(["dynamic"]), default="dynamic", show_default=True,
+    help="dynamic: int8 weights per channel, uint8 activations at run time.",
+)  # fmt: skip
+@click.option("--skip", multiple=True, help="Pattern of module names that stay float.")
+@out_option
+@common
+def quantize_command(
+    model: ModelChoice, scheme: str, skip: tuple[str, ...], out: Path, run: Run, output: Output
+) -> None:
+    """Turn linear layers and embedding tables into int8."""
+    from compress.quantize import QuantizeConfig
+
+    result = quantize_model(model, QuantizeConfig(scheme, skip), out, run)
+    output.show(
+        result,
+        lambda r: (
+            f"{r['path']}: {r['modules']} modules in int8, "
+            f"{r['bytes_before'] / 1e6:.1f} → {r['bytes_after'] / 1e6:.1f} MB of weights"
+        ),
+    )
+
+
+@compress_group.command("inspect")
+@model_argument
+@common
+def inspect_command(model: ModelChoice, run: Run, output: Output) -> None:
+    """Show what a model is, what each layer keeps, and how it came about."""
+    from onnxpress.inspection import describe
+
+    output.show(describe(model.open()), _inspect_text)
+
+
+def _inspect_text(found: dict[str, Any]) -> str:
+    lines = [
+        f"task        {found['task']}",
+        f"model       {found['class']}, {found['parameters']:,} parameters, "
+        f"{found['bytes'] / 1e6:.1f} MB",
+        f"inputs      {', '.join(found['inputs'])}",
+        f"outputs     {', '.join(found['outputs'])}",
+        f"max length  {found['max_length'] or 'no limit'}",
+        f"int8        {found['int8_modules']} modules",
+        *_layer_lines(found["layers"]),
+    ]
+    for stage in found["lineage"]:
+        settings = ", ".join(f"{k}={v}" for k, v in (stage.get("settings") or {}).items())
+        lines.append(f"stage       {stage['stage']} {settings or stage.get('model', '')}")
+    return "\n".join(lines)
+
+
+def _layer_lines(layers: dict[str, Any]) -> list[str]:
+    width = max((len(name) for name in layers), default=0)
+    return [f"{name:<{width}}  {row['kept']:>5} of {row['units']}" for name, row in layers.items()]

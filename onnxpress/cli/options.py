@@ -1,0 +1,189 @@
+"""Options that several commands share, one decorator each, and how errors reach the user."""
+
+import functools
+import json
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from calib_data.errors import OnnxPressError
+from onnxpress.stages import Advance, DataChoice, ModelChoice, Run
+
+Command = Callable[..., Any]
+OUT = click.Path(path_type=Path)
+
+
+def _failure(message: str, exit_code: int) -> click.ClickException:
+    failure = click.ClickException(message)
+    vars(failure)["exit_code"] = exit_code  # click reads it off the instance
+    return failure
+
+
+class Group(click.Group):
+    """A group whose errors are one line on stderr and a documented exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the chosen command; translate what it raises."""
+        try:
+            return super().invoke(ctx)
+        except OnnxPressError as error:
+            raise _failure(" ".join(str(error).split()), error.exit_code) from error
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            if "-v" in sys.argv or "--verbose" in sys.argv:
+                traceback.print_exc()
+            line = (str(error).strip().splitlines() or [""])[0][:300]
+            raise _failure(
+                f"unexpected {type(error).__name__}: {line} (-v shows where; please report it)", 1
+            ) from error
+
+
+@dataclass(frozen=True)
+class Output:
+    """How a command tells its result."""
+
+    as_json: bool
+
+    def show(self, result: dict[str, Any], text: Callable[[dict[str, Any]], str]) -> None:
+        """Print `result` as one JSON document, or as `text` makes it."""
+        click.echo(json.dumps(result, indent=2) if self.as_json else text(result))
+
+
+def common(command: Command) -> Command:
+    """Add --json, --seed, --overwrite and -v; the command takes `run` and `output`."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
+    @click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
+    @click.option("--overwrite", is_flag=True, help="Replace the destination if it exists.")
+    @click.option("-v", "--verbose", is_flag=True, help="Show warnings, and where an error arose.")
+    @functools.wraps(command)
+    def wrapped(
+        *args: Any, as_json: bool, seed: int, overwrite: bool, verbose: bool, **kwargs: Any
+    ) -> Any:
+        if not verbose:
+            warnings.simplefilter("ignore")
+        run = Run(seed, overwrite, progress_bar)
+        return command(*args, run=run, output=Output(as_json), **kwargs)
+
+    return wrapped
+
+
+def model_argument(command: Command) -> Command:
+    """Add MODEL, --task and --trust-remote-code; the command takes `model`."""
+
+    @click.argument("model")
+    @task_option
+    @trust_option
+    @functools.wraps(command)
+    def wrapped(
+        *args: Any, model: str, task: str | None, trust_remote_code: bool, **kwargs: Any
+    ) -> Any:
+        return command(*args, model=ModelChoice(model, task, trust_remote_code), **kwargs)
+
+    return wrapped
+
+
+task_option = click.option(
+    "--task", help="What the model is for; without it, config.json's architectures tell."
+)
+trust_option = click.option(
+    "--trust-remote-code", is_flag=True, help="Run code that comes with the model."
+)
+provider_option = click.option(
+    "--provider",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Execution provider; not obtaining it is an error.",
+)
+out_option = click.option("-o", "--out", type=OUT, required=True, help="Directory to write.")
+
+
+def data_options(command: Command) -> Command:
+    """Add --data and how it is read; the command takes `data`."""
+
+    @click.option(
+        "--data",
+        required=True,
+        help="train.jsonl, dev.csv, pairs.tsv, x.parquet, lines.txt, hf:NAME[/CONFIG]:SPLIT, "
+        "pydoc[:train|:test] or digits[:train|:test].",
+    )
+    @columns_option
+    @click.option("--limit", type=int, help="Use at most this many examples, chosen by the seed.")
+    @click.option("--batch-size", type=int, default=32, show_default=True)
+    @click.option(
+        "--max-length", type=int, default=128, show_default=True, help="Tokens per text at most."
+    )
+    @functools.wraps(command)
+    def wrapped(
+        *args: Any,
+        data: str,
+        columns: str | None,
+        limit: int | None,
+        batch_size: int,
+        max_length: int,
+        **kwargs: Any,
+    ) -> Any:
+        choice = DataChoice(data, columns, limit, batch_size, max_length)
+        return command(*args, data=choice, **kwargs)
+
+    return wrapped
+
+
+columns_option = click.option(
+    "--columns",
+    help="text,text_pair,score for a file without a header, or role=column for one with.",
+)
+
+
+@contextmanager
+def progress_bar(label: str, total: int | None) -> Iterator[Advance]:
+    """Show a bar with rate and time left on stderr; yield what advances it.
+
+    `advance()` counts one step; `advance(loss)` shows a number with it;
+    `advance(what, done, total)` sets all three.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(label, total=total, rate="")
+
+        def advance(*told: Any) -> None:
+            state = progress.tasks[0]
+            speed = f"{state.speed:.2f}/s" if state.speed else ""
+            if len(told) == 3:
+                what, done, of = told
+                progress.update(task, description=f"{label}: {what}", completed=done, total=of)
+            else:
+                progress.advance(task)
+            if len(told) == 1:
+                speed = f"{speed} loss {told[0]:.4g}"
+            progress.update(task, rate=speed)
+
+        yield advance

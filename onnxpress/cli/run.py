@@ -1,0 +1,31 @@
+"""`run RECIPE`."""
+
+from pathlib import Path
+
+import click
+
+from onnxpress.cli.benchmark import show_report
+from onnxpress.cli.options import Output, common, out_option
+from onnxpress.stages import Run
+
+
+@click.command("run")
+@click.argument("recipe", type=click.Path(path_type=Path), metavar="RECIPE.yaml")
+@out_option
+@common
+def run_command(recipe: Path, out: Path, run: Run, output: Output) -> None:
+    """Run a recipe's steps; those whose inputs, settings and code are unchanged are not run again.
+
+    --overwrite runs all of them anew.
+    """
+    from onnxpress.recipe import read_recipe, run_recipe
+
+    steps = run_recipe(read_recipe(recipe), out, run, tell=lambda line: click.echo(line, err=True))
+    reports = [step for step in steps if step.stage == "report"]
+    if reports and not output.as_json:
+        show_report(out / reports[-1].name, output)
+    else:
+        output.show(
+            {"steps": [{"name": step.name, "path": str(out / step.name)} for step in steps]},
+            lambda result: "\n".join(step["path"] for step in result["steps"]),
+        )

@@ -1,0 +1,118 @@
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from benchmarks.render import render_html, render_markdown, render_table, write_report
+from benchmarks.report import BenchmarkReport, read_report
+from tests.benchmarks.reports import make_report
+
+EVIL = "</script><script>alert(1)</script>|`[red]$x_1$"
+
+
+def renamed(name: str) -> BenchmarkReport:
+    report = make_report(f"run {name}")
+    variants = [replace(v, name=name) if v.name == "int8" else v for v in report.variants]
+    return replace(report, variants=variants)
+
+
+class Page(HTMLParser):
+    """What of a page can load or run something."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.ids: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            assert not name.startswith("on")
+            if name in ("src", "href", "xlink:href", "action"):
+                self.links.append(value or "")
+            if name == "id":
+                self.ids.append(value or "")
+
+
+def test_write_report_makes_three_files_that_agree(tmp_path: Path) -> None:
+    report = make_report()
+    write_report(report, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json", "report.md"]
+    assert read_report(tmp_path / "report.json") == report
+
+
+def test_markdown_has_the_figures() -> None:
+    text = render_markdown(make_report())
+    assert "**int8 pruned is 7.9 × faster than PyTorch at 8 × 128" in text
+    assert "| int8 | 32.5 ms | 4.40 × (4.35–4.43) | 24.3 MB | 192.9 MB | 86.51 (−0.21) |" in text
+    assert "broken could not be measured: its process was killed" in text
+    assert "    onnxpress benchmark report int8 -o out" in text
+    for line in text.splitlines():
+        if line.startswith("| "):
+            assert line.endswith(" |")
+
+
+def test_markdown_tables_survive_odd_names() -> None:
+    rows = [x for x in render_markdown(renamed(EVIL)).splitlines() if x.startswith("| &lt;/script")]
+    assert rows
+    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows[:1]}) == 1
+    assert len(re.findall(r"(?<!\\)\|", rows[0])) == 8
+    assert "<script" not in "".join(rows)
+
+
+def test_the_page_loads_nothing_and_is_the_same_each_time() -> None:
+    html = render_html(make_report())
+    assert not re.search(r"https?://|@import|url\((?!#)", html)
+    page = Page(html)
+    assert all(link.startswith(("#", "data:")) for link in page.links)
+    assert not {"link", "iframe", "img", "object"} & set(page.tags) - {"link"}
+    assert page.tags.count("svg") == 2 + 2 + 2  # latency, quality (wide and narrow), resources
+    assert len(page.ids) == len(set(page.ids))
+    assert page.tags.count("caption") == page.tags.count("table") == 4
+    assert render_html(make_report()) == html
+
+
+def test_plots_take_their_colours_from_the_page() -> None:
+    html = render_html(make_report())
+    drawn = "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
+    assert "var(--accent)" in drawn
+    assert not re.search(r"#[0-9a-f]{6}", re.sub(r"(#m[0-9a-f]+)", "", drawn))
+    assert "font-family" not in drawn
+
+
+def test_a_malicious_name_stays_text() -> None:
+    html = render_html(renamed(EVIL))
+    assert "<script>alert" not in html
+    assert Page(html).tags.count("script") == 2
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
+    assert data is not None
+    assert json.loads(data.group(1))["variants"][2]["name"] == EVIL
+
+
+@pytest.mark.parametrize("keep", [["PyTorch"], ["PyTorch", "broken"], ["broken", "int8"]])
+def test_sparse_reports_render(keep: list[str]) -> None:
+    report = make_report()
+    variants = [replace(v, quality=[]) for v in report.variants if v.name in keep]
+    baseline = "broken" if keep[0] == "broken" else "PyTorch"
+    if baseline == "broken":  # then nothing has a factor
+        variants = [
+            replace(v, latency=[replace(x, speedup=None, agreement=None) for x in v.latency])
+            for v in variants
+        ]
+    report = replace(report, variants=variants, baseline=baseline, command=None)
+    assert "Latency" in render_html(report)
+    assert "Quality" not in render_markdown(report)
+
+
+def test_the_terminal_table_shows_all_variants() -> None:
+    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    console.print(render_table(renamed("[red]int8")))
+    text = console.export_text()
+    for part in ("7.9 ×", "[red]int8", "24.3 MB", "broken could not be measured"):
+        assert part in text

@@ -1,0 +1,90 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, save
+
+from benchmarks.config import BenchmarkConfig
+from benchmarks.measure import benchmark
+from benchmarks.runtimes import RUNTIMES
+from benchmarks.worker import Variant
+from calib_data.errors import ModelError
+from tests.tiny import write_sentence_encoder
+
+
+def write_graph(directory: Path) -> Path:
+    """Write model.onnx: output = 2 × x."""
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 3])
+    graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "g", [x], [y])
+    save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10),
+        directory / "model.onnx",
+    )
+    return directory
+
+
+@pytest.mark.parametrize("name", ["model.onnx", ""])
+def test_a_graph_opens_from_a_file_and_a_directory(tmp_path: Path, name: str) -> None:
+    loaded = RUNTIMES["onnx"].open(str(write_graph(tmp_path) / name), "cpu", 1)
+    feed = loaded.prepare({"x": np.ones((2, 3), np.float32), "labels": np.zeros(2)})
+    assert list(feed) == ["x"]
+    assert loaded.collect(loaded.run(feed))["y"].tolist() == [[2, 2, 2]] * 2
+    assert loaded.providers == ("CPUExecutionProvider",)
+
+
+def test_what_is_not_there_is_told_before_measuring(tmp_path: Path) -> None:
+    for runtime in ("onnx", "pytorch"):
+        with pytest.raises(ModelError):
+            benchmark([Variant("missing", str(tmp_path / "missing"), runtime)])
+
+
+def test_opening_a_graph_imports_no_torch(tmp_path: Path) -> None:
+    """The memory of a graph's worker is a figure of the report; PyTorch would be 200 MB of it."""
+    code = (
+        "import sys; from benchmarks.runtimes import RUNTIMES; "
+        f"RUNTIMES['onnx'].open({str(write_graph(tmp_path))!r}, 'cpu', 1); "
+        "print(*{'torch', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not done.stdout.strip()
+
+
+def test_a_checkpoint_and_its_bundle_are_measured_alike(tmp_path: Path) -> None:
+    from compress.loading import open_checkpoint
+    from export.graph import ExportConfig
+    from export.publish import export_onnx
+
+    source = write_sentence_encoder(tmp_path / "source")
+    export_onnx(open_checkpoint(str(source)), tmp_path / "bundle", ExportConfig())
+    (tmp_path / "pairs.tsv").write_text(
+        "the cat sat\ta cat sat\t4.5\na red bird\tone python module\t0.5\nis it blue\tgreen\t2\n"
+    )
+    report = benchmark(
+        [
+            Variant("PyTorch", str(source), "pytorch"),
+            Variant("graph", str(tmp_path / "bundle"), "onnx"),
+        ],
+        config=BenchmarkConfig(
+            shapes=((2, 8),),
+            rounds=6,
+            seconds=0.01,
+            warm_up_seconds=0.1,
+            threads=1,
+            eval=str(tmp_path / "pairs.tsv"),
+            columns="text,text_pair,score",
+        ),
+    )
+    base, graph = report.variants
+    assert (base.status, graph.status) == ("ok", "ok"), graph.reason
+    assert graph.latency[0].agreement == pytest.approx(1, abs=1e-4)
+    assert {x.metric: x.value for x in graph.quality} == pytest.approx(
+        {x.metric: x.value for x in base.quality}, abs=1e-3
+    )
+    assert graph.quality[0].metric == "spearman"
+    assert graph.quality[0].interval is not None
+    assert graph.providers == ["CPUExecutionProvider"]
+    assert set(graph.sha256) == {"model.onnx"}
+    assert str(tmp_path) not in str(report.to_json())

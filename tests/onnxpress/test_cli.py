@@ -1,0 +1,181 @@
+"""The commands as users type them: results, --json, wrong inputs, exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from onnxpress.cli import onnxpress_group
+from tests.tiny import SENTENCES, write_classifier, write_sentence_encoder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny sentence encoder, a classifier and some text."""
+    place = tmp_path_factory.mktemp("cli")
+    write_sentence_encoder(place / "encoder")
+    write_classifier(place / "classifier")
+    (place / "text.txt").write_text("\n".join(SENTENCES))
+    (place / "labels.csv").write_text(
+        "sentence,label\n" + "\n".join(f"{s},{i % 3}" for i, s in enumerate(SENTENCES))
+    )
+    return place
+
+
+def invoke(*words: object) -> Result:
+    return CliRunner().invoke(onnxpress_group, [str(word) for word in words])
+
+
+def must(*words: object) -> dict:
+    result = invoke(*words, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_the_whole_chain(place: Path, tmp_path: Path) -> None:
+    text = ("--data", place / "text.txt", "--max-length", 32, "--batch-size", 8)
+    pruned = must(
+        "compress", "prune", place / "encoder", *text, "--heads", 0.25, "--ffn", 0.25,
+        "--round-to", 8, "-o", tmp_path / "pruned",
+    )  # fmt: skip
+    assert pruned["parameters_after"] < pruned["parameters_before"]
+    healed = must(
+        "compress", "distill", "--teacher", place / "encoder", "--student", tmp_path / "pruned",
+        *text, "--steps", 3, "-o", tmp_path / "healed",
+    )  # fmt: skip
+    assert healed["steps"] == 3
+    must("compress", "quantize", tmp_path / "healed", "-o", tmp_path / "int8")
+    told = must("compress", "inspect", tmp_path / "int8")
+    assert [stage["stage"] for stage in told["lineage"]] == [
+        "source",
+        "prune",
+        "distill",
+        "quantize",
+    ]
+    exported = must("export", "onnx", tmp_path / "int8", "-o", tmp_path / "onnx")
+    assert exported["parity"]["passed"]
+    assert exported["outputs"] == ["token_embeddings", "sentence_embedding"]
+    checked = must("export", "validate", tmp_path / "int8", tmp_path / "onnx")
+    assert checked["passed"]
+    # the float checkpoint is another model than the int8 graph
+    wrong = invoke("export", "validate", tmp_path / "healed", tmp_path / "onnx")
+    assert wrong.exit_code == 3
+
+
+def test_students_from_layers(place: Path, tmp_path: Path) -> None:
+    result = must(
+        "compress", "distill", "--teacher", place / "classifier", "--layers", 1,
+        "--data", place / "labels.csv", "--max-length", 32, "--steps", 2, "-o", tmp_path / "student",
+    )  # fmt: skip
+    assert result["parameters_student"] < result["parameters_teacher"]
+    told = must("compress", "inspect", tmp_path / "student")
+    assert sum(name.endswith("heads") for name in told["layers"]) == 1
+
+
+def test_text_output_is_for_people(place: Path) -> None:
+    result = invoke("compress", "inspect", place / "encoder")
+    assert result.exit_code == 0
+    assert "sentence-embedding" in result.stdout
+    assert "encoder.layer.1.attention.self.heads      4 of 4" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (("compress", "inspect", "{place}/nothing"), 4, "no such directory"),
+        (("compress", "prune", "{place}/encoder", "--data", "{place}/text.txt", "--max-length", "32",
+          "--heads", "1.5", "-o", "{out}"), 2, "--heads must be at least 0 and below 1"),
+        (("compress", "prune", "{place}/encoder", "--data", "{place}/no.txt", "--max-length", "32",
+          "-o", "{out}"), 4, "no.txt"),
+        (("compress", "prune", "{place}/encoder", "--data", "{place}/text.txt", "--max-length", "500",
+          "-o", "{out}"), 2, "positions"),
+        (("compress", "quantize", "{place}/encoder", "-o", "{place}/encoder"), 8, "--overwrite"),
+        (("compress", "quantize", "{place}/encoder", "-o", "{place}/text.txt/x"), 8, "cannot write"),
+        (("compress", "quantize", "{place}/encoder", "--task", "poetry", "-o", "{out}"), 2, "poetry"),
+        (("compress", "distill", "--teacher", "{place}/encoder", "--data", "pydoc", "-o", "{out}"),
+         2, "--student or --layers"),
+        (("compress", "distill", "--teacher", "{place}/encoder", "--layers", "9", "--data",
+          "{place}/text.txt", "--max-length", "32", "-o", "{out}"), 2, "--layers"),
+        (("export", "onnx", "{place}/encoder", "--opset", "7", "-o", "{out}"), 2, "--opset"),
+        (("export", "onnx", "{place}/encoder", "--provider", "cuda", "-o", "{out}"), 5, "CUDA"),
+        (("export", "validate", "{place}/encoder", "{place}/encoder"), 4, "no ONNX bundle"),
+        (("benchmark", "report", "{place}/encoder", "--shapes", "8*8", "-o", "{out}"), 2, "--shapes"),
+        (("benchmark", "report", "{place}/encoder", "-o", "{out}"), 4, "no ONNX bundle"),
+        (("run", "{place}/no.yaml", "-o", "{out}"), 2, "no such recipe"),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_one_line_and_a_code(
+    place: Path, tmp_path: Path, words: tuple[str, ...], code: int, told: str
+) -> None:
+    out = tmp_path / "out"
+    result = invoke(*(word.format(place=place, out=out) for word in words))
+    assert result.exit_code == code, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert told in lines[0]
+    assert "Traceback" not in result.output
+    assert not out.exists()
+    assert not list(tmp_path.glob(".*")), "something half-written was left"
+
+
+def test_labels_out_of_range_are_refused(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.csv").write_text("sentence,label\nthe cat sat,0\na dog ran,7\n")
+    result = invoke(
+        "compress", "prune", place / "classifier", "--data", tmp_path / "bad.csv",
+        "--max-length", 32, "-o", tmp_path / "out",
+    )  # fmt: skip
+    assert result.exit_code == 4
+    assert "7" in result.stderr
+
+
+def test_an_unexpected_error_is_one_line_too(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import compress.loading
+
+    def broken(*_args: object, **_kwargs: object) -> None:
+        raise RuntimeError("something\nnobody thought of")
+
+    monkeypatch.setattr(compress.loading, "open_checkpoint", broken)
+    result = invoke("compress", "inspect", place / "encoder")
+    assert result.exit_code == 1
+    assert result.stderr.count("\n") == 1
+    assert "unexpected RuntimeError: something" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["onnxpress", "compress", "export"])
+def test_help_imports_no_torch(name: str) -> None:
+    code = (
+        "import sys, onnxpress.cli as cli\n"
+        f"cli.{name}_group(['--help'], standalone_mode=False)\n"
+        "sys.exit('torch' in sys.modules or 'onnxruntime' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "onnxpress export onnx encoder -o {out}",
+        "python -m export onnx encoder -o {out}",
+        "env export onnx encoder -o {out}",
+    ],
+)
+def test_ways_to_type_export_in_a_real_shell(place: Path, tmp_path: Path, line: str) -> None:
+    # bash's own `export onnx` returns 0 and does nothing, so look at the file, not at the code
+    out = tmp_path / "out"
+    run_in_bash(line.format(out=out), place)
+    assert (out / "model.onnx").is_file()
+
+
+def test_a_bare_export_is_swallowed_by_the_shell(place: Path, tmp_path: Path) -> None:
+    # why the guide says what it says; if this fails, the guide can be simplified
+    run_in_bash(f"export onnx encoder_x; true -o {tmp_path / 'out'}", place)
+    assert not (tmp_path / "out").exists()
+
+
+def run_in_bash(line: str, folder: Path) -> None:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-c", line], cwd=folder, env=environment, capture_output=True)

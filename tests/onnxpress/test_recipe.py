@@ -1,0 +1,132 @@
+"""Recipes: what is run, what is not run again, and what a kill leaves behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from calib_data.errors import ConfigError
+from onnxpress.recipe import read_recipe, run_recipe
+from onnxpress.stages import Run
+from tests.tiny import SENTENCES, write_sentence_encoder
+
+RECIPE = """
+model: {model}
+steps:
+  - {{name: pruned, stage: prune, from: model, data: {data}, max_length: 32, round_to: 8}}
+  - {{name: healed, stage: distill, from: pruned, data: {data}, max_length: 32, steps: {steps}}}
+  - {{name: int8-checkpoint, stage: quantize, from: healed}}
+  - {{name: int8, stage: export, from: int8-checkpoint}}
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    write_sentence_encoder(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("\n".join(SENTENCES))
+    return write(tmp_path, steps=2)
+
+
+def write(folder: Path, steps: int) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(RECIPE.format(model=folder / "model", data=folder / "text.txt", steps=steps))
+    return path
+
+
+def run(path: Path, out: Path) -> list[str]:
+    told: list[str] = []
+    run_recipe(read_recipe(path), out, Run(), told.append)
+    return told
+
+
+def test_unchanged_steps_are_not_run_again(recipe_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert not any("unchanged" in line for line in run(recipe_file, out))
+    assert (out / "int8" / "model.onnx").is_file()
+    assert all("unchanged" in line for line in run(recipe_file, out))
+
+
+def test_a_change_reruns_what_depends_on_it(recipe_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(recipe_file, out)
+    again = run(write(tmp_path, steps=3), out)
+    assert "pruned: unchanged" in again
+    assert sum("unchanged" in line for line in again) == 1
+
+
+def test_changed_data_reruns(recipe_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(recipe_file, out)
+    (tmp_path / "text.txt").write_text("\n".join(SENTENCES[:6]))
+    assert not any("unchanged" in line for line in run(recipe_file, out)[:2])
+
+
+def test_a_result_that_was_tampered_with_is_made_again(recipe_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(recipe_file, out)
+    weights = out / "healed" / "model.safetensors"
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-8])
+    again = run(recipe_file, out)
+    assert "pruned: unchanged" in again
+    assert weights.read_bytes() == good  # same seed, same result: what follows is unchanged
+    assert "int8: unchanged" in again
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_a_second_start_finishes(recipe_file: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    run(recipe_file, whole)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "onnxpress", "run", str(recipe_file), "-o", str(out)]
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    for moment in (4.0, 6.0, 8.0):  # while importing, in a stage, between stages: wherever it hits
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
+        time.sleep(moment)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for name in ("pruned", "healed", "int8-checkpoint"):
+            present = (out / name).is_dir()
+            assert not present or (out / name / "onnxpress.json").is_file()
+    run(recipe_file, out)
+    expected = (whole / "int8" / "model.onnx").read_bytes()
+    assert (out / "int8" / "model.onnx").read_bytes() == expected
+    assert not list(out.glob(".*.partial-*"))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("just words", "a recipe has"),
+        ("model: [", "not a YAML recipe"),
+        ("model: x\nsteps: []\ncolour: red", "colour"),
+        ("steps: []", "no `model`"),
+        ("model: x\nsteps: [{name: a, stage: knit}]", "knit"),
+        ("model: x\nsteps: [{name: a, stage: export, from: b}]", "no earlier step"),
+        ("model: x\nsteps: [{name: ../a, stage: export, from: model}]", "cannot be a step's name"),
+        ("model: x\nsteps: [{name: a, stage: export}]", "`from`"),
+        ("model: x\nsteps: [{name: a}]", "`stage`"),
+    ],
+)
+def test_bad_recipes_are_refused(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=told) as caught:
+        read_recipe(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_setting_is_named(recipe_file: Path, tmp_path: Path) -> None:
+    recipe_file.write_text(recipe_file.read_text().replace("round_to: 8", "round_two: 8"))
+    with pytest.raises(ConfigError, match="round_two"):
+        run(recipe_file, tmp_path / "out")
+
+
+def test_shipped_recipes_can_be_read() -> None:
+    for path in (Path(__file__).parents[2] / "recipes").glob("*.yaml"):
+        assert read_recipe(path).steps

@@ -1,0 +1,61 @@
+"""The README's and the guide's commands, run as they stand through a real bash, on a small model."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import write_sentence_encoder
+
+ROOT = Path(__file__).parents[1]
+MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def commands(name: str) -> list[str]:
+    """Return the lines after `$ ` in a document's console blocks that call a program of ours."""
+    blocks = re.findall(r"```console\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
+    lines = [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")]
+    return [line for line in lines if not line.startswith(("make ", "git ", "cd "))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["README.md", "docs/guide.md"])
+def test_documented_commands_work(name: str, tmp_path: Path) -> None:
+    lines = commands(name)
+    assert lines
+    write_sentence_encoder(tmp_path / "tiny")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for line in lines:
+        # the small model in place of the real one, which takes minutes; all else as documented
+        small = line.replace(MODEL, "tiny")
+        small = re.sub(r"--steps \d+", "--steps 2", small)
+        small = re.sub(r"--data (\S+)", r"--data \1 --max-length 32", small)
+        small = small.replace("--ffn", "--round-to 8 --ffn").replace("8x128", "8x32")
+        if "benchmark" in small and "--shapes" not in small:
+            small += " --shapes 1x8,4x16"
+        done = subprocess.run(
+            ["bash", "-c", small], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        target = re.search(r"-o (\S+)", line)
+        if target:
+            assert any((tmp_path / target[1]).iterdir()), line
+
+
+def test_exit_codes_are_documented() -> None:
+    from calib_data import errors
+    from onnxpress.cli import onnxpress_group
+
+    guide = (ROOT / "docs" / "guide.md").read_text()
+    for kind in vars(errors).values():
+        if isinstance(kind, type) and issubclass(kind, errors.OnnxPressError):
+            assert f"| {kind.exit_code} |" in guide
+            assert re.search(rf"\b{kind.exit_code}\b", onnxpress_group.help or "")
+
+
+def test_no_document_names_a_place_on_a_machine() -> None:
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/*")]:
+        assert not re.search(r"(?<![\w.])/(home|root|work|tmp)/", path.read_text()), path
