@@ -332,20 +332,17 @@ def lineage_chain(variant: VariantReport) -> list[tuple[str, str]]:
 
 
 def _settings(entry: dict[str, Any]) -> Iterable[str]:
-    """Yield the settings that say something to a reader; the digests are in the JSON."""
-    for name, value in entry.items():
-        if name in ("stage", "versions", "sha256", "fingerprint", "data") or value in (
-            None,
-            "",
-            [],
-        ):
-            continue
+    """Yield what a reader asks of a stage: its model or its settings; the rest is in the JSON."""
+    yield from _scalars({"model": entry.get("model"), **(entry.get("settings") or {})})
+
+
+def _scalars(values: dict[str, Any]) -> Iterable[str]:
+    for name, value in values.items():
         if isinstance(value, dict):
-            yield from _settings(value)
-        elif isinstance(value, str | int | float):
+            yield from _scalars(value)
+        elif isinstance(value, str | int | float) and value != "":
             text = value.rsplit("/", 1)[-1] if isinstance(value, str) else f"{value:g}"
-            if len(text) < 40:
-                yield f"{name.replace('_', ' ')} {text}"
+            yield f"{name.replace('_', ' ')} {text}"
 
 
 # --- cells and numbers ---------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What the stages' settings have in common: frozen, checked, stored as JSON."""
 
 import dataclasses
+import json
 from typing import Any, Self, TypeVar
 
 from calib_data.errors import ConfigError
@@ -12,8 +13,9 @@ class StageConfig:
     """Mixin for frozen dataclasses of settings: to and from plain JSON values."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the settings as a JSON-able dict."""
-        return dataclasses.asdict(self)  # type: ignore[call-overload]
+        """Return the settings as JSON gives them back: lists for tuples."""
+        values = dataclasses.asdict(self)  # type: ignore[call-overload]
+        return dict(json.loads(json.dumps(values)))
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from calib_data.batches import ImageShape
 from calib_data.errors import ModelError
 from compress.checkpoint import FORMAT, MANIFEST, Checkpoint, weights_sha256
-from compress.files import read_json, sha256_file
-from compress.sentence import is_sentence_directory, sidecars, wrap_backbone
+from compress.files import inside, read_json, sha256_file
+from compress.sentence import is_sentence_directory, read_modules, sidecars, wrap_backbone
 from compress.signature import factory_signature, transformer_signature
 from compress.surgery import resize_
 from compress.tasks import CUSTOM, Task, get_task, task_of
@@ -165,9 +165,7 @@ def _open_transformer(
 
 
 def _transformer_home(directory: Path) -> Path:
-    from compress.files import inside
-
-    first = read_json(directory / "modules.json")[0]
+    first = read_modules(directory)[0]
     return inside(directory, first["path"]) if first["path"] else directory
 
 
@@ -187,15 +185,21 @@ def _mean_pooling_files() -> dict[str, bytes]:
 
 
 def _open_config(directory: Path, trust: bool) -> Any:
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     if not (directory / "config.json").is_file():
         raise ModelError(f"{directory} has no config.json; name a model directory")
-    read_json(directory / "config.json")
+    values = read_json(directory / "config.json")
+    if not isinstance(values, dict):
+        raise ModelError(f"{directory}/config.json holds no settings; it must be a JSON object")
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust)
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        kind = read_json(directory / "config.json").get("model_type", "(none)")
+    except Exception as error:  # validation errors have no common type
+        kind = values.get("model_type") or "(none)"
+        if kind in CONFIG_MAPPING:
+            raise ModelError(
+                f"{directory}/config.json is no config of {kind}: {_line(error)}"
+            ) from error
         raise ModelError(
             f"unknown architecture {kind!r}: this transformers knows no such model_type; hand the "
             "model over as package.module:factory, or pass --trust-remote-code for code on the hub"
@@ -213,6 +217,7 @@ def _from_pretrained(directory: Path, task: Task, config: Any, trust: bool) -> n
                 config=config,
                 dtype=torch.float32,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
                 trust_remote_code=trust,
                 weights_only=True,
             )
@@ -246,18 +251,11 @@ def _rebuild(
 ) -> nn.Module:
     """Return a pruned or quantized transformer: shapes from the manifest, then strict weights."""
     import transformers
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     from compress.quantize import quantized_skeleton_
 
     module = getattr(transformers, task.auto_class).from_config(config, dtype=torch.float32)
-    try:
-        weights = load_file(directory / "model.safetensors")
-    except FileNotFoundError as error:
-        raise ModelError(f"{directory}/model.safetensors is missing") from error
-    except (SafetensorError, OSError) as error:
-        raise ModelError(_first_line(directory, error)) from error
+    weights = _read_weights(directory)
     if not any(name.startswith("pooler.") for name in weights) and hasattr(module, "pooler"):
         module.pooler = None
     resize_(module, structure)
@@ -265,6 +263,18 @@ def _rebuild(
         quantized_skeleton_(module, quantization)
     load_strictly_(module, weights, str(directory))
     return module
+
+
+def _read_weights(directory: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(directory / "model.safetensors")
+    except FileNotFoundError as error:
+        raise ModelError(f"{directory}/model.safetensors is missing") from error
+    except (SafetensorError, OSError) as error:
+        raise ModelError(_first_line(directory, error)) from error
 
 
 def load_strictly_(module: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
@@ -333,7 +343,10 @@ def _open_factory(
         factory = getattr(importlib.import_module(module_name), function)
     except (ImportError, AttributeError) as error:
         raise ModelError(f"{name} cannot be imported ({error}); is it on PYTHONPATH?") from error
-    made = factory()
+    try:
+        made = factory()
+    except Exception as error:  # the user's own code
+        raise ModelError(f"{name} raised {type(error).__name__}: {_line(error)}") from error
     if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[0], nn.Module):
         raise ModelError(f"{name} must return (module, example inputs) or (module, inputs, axes)")
     module = made[0].eval()
@@ -341,14 +354,12 @@ def _open_factory(
     structure = dict((manifest or {}).get("structure") or {})
     quantization = (manifest or {}).get("quantization")
     if directory is not None:
-        from safetensors.torch import load_file
-
         from compress.quantize import quantized_skeleton_
 
         resize_(module, structure)
         if quantization:
             quantized_skeleton_(module, quantization)
-        load_strictly_(module, load_file(directory / "model.safetensors"), str(directory))
+        load_strictly_(module, _read_weights(directory), str(directory))
     checkpoint = Checkpoint(
         module=module,
         task=get_task(task).name if task else CUSTOM.name,
@@ -412,7 +423,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _first_line(directory: Path, error: BaseException) -> str:

@@ -65,7 +65,7 @@ def quantized_skeleton_(model: nn.Module, quantization: Mapping[str, Any]) -> No
         raise ModelError(
             f"the manifest names the scheme {quantization.get('scheme')!r}; this version knows dynamic"
         )
-    for name in quantization["modules"]:
+    for name in quantization.get("modules") or ():
         try:
             source = model.get_submodule(name)
         except AttributeError as error:

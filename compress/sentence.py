@@ -68,10 +68,22 @@ def is_sentence_directory(directory: Path) -> bool:
     return (directory / "modules.json").is_file()
 
 
+def read_modules(directory: Path) -> list[dict[str, Any]]:
+    """Return the entries of `modules.json`; a `ModelError` where they lack what makes a module."""
+    modules = read_json(directory / "modules.json")
+    entries = modules if isinstance(modules, list) else []
+    if not entries or not all(
+        isinstance(m, dict) and isinstance(m.get("path"), str) and isinstance(m.get("type"), str)
+        for m in entries
+    ):
+        raise ModelError(f"{directory}/modules.json must list modules, each with a path and a type")
+    return entries
+
+
 def sidecars(directory: Path) -> dict[str, bytes]:
     """Return the layout's small files by relative path, to be written beside the weights again."""
     names = ["modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"]
-    for module in read_json(directory / "modules.json"):
+    for module in read_modules(directory):
         if module["path"]:
             names += [f"{module['path']}/config.json", f"{module['path']}/model.safetensors"]
     found = {name: inside(directory, name) for name in names}
@@ -83,23 +95,15 @@ def wrap_backbone(backbone: nn.Module, files: Mapping[str, bytes]) -> SentenceEn
 
     Raises `ModelError` for a module that is not a transformer, pooling, dense or normalize module.
     """
-    from safetensors.torch import load
-
     modes: tuple[str, ...] = ()
     projections: list[nn.Module] = []
     normalize = False
     for module in json.loads(files["modules.json"]):
         kind = module["type"].rpartition(".")[2]
-        settings = json.loads(files.get(f"{module['path']}/config.json", b"{}"))
         if kind == "Pooling":
-            modes = _pooling_modes(settings)
+            modes = _pooling_modes(_settings(module["path"], files))
         elif kind == "Dense":
-            dense = nn.Linear(
-                settings["in_features"], settings["out_features"], settings.get("bias", True)
-            )
-            weights = load(files[f"{module['path']}/model.safetensors"])
-            dense.load_state_dict({k.removeprefix("linear."): v for k, v in weights.items()})
-            projections += [dense, _activation(settings.get("activation_function", "Tanh"))]
+            projections += _dense(module["path"], files)
         elif kind == "Normalize":
             normalize = True
         elif kind != "Transformer":
@@ -110,6 +114,32 @@ def wrap_backbone(backbone: nn.Module, files: Mapping[str, bytes]) -> SentenceEn
     if not modes:
         raise ModelError("modules.json lists no pooling, so there is no sentence embedding")
     return SentenceEncoder(backbone, modes, nn.Sequential(*projections), normalize)
+
+
+def _settings(path: str, files: Mapping[str, bytes]) -> dict[str, Any]:
+    try:
+        return dict(json.loads(files.get(f"{path}/config.json", b"{}")))
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{path}/config.json cannot be read as settings: {error}") from error
+
+
+def _dense(path: str, files: Mapping[str, bytes]) -> list[nn.Module]:
+    """Return the projection in `path` and its activation."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    settings = _settings(path, files)
+    activation = _activation(settings.get("activation_function", "Tanh"))
+    try:
+        dense = nn.Linear(
+            settings["in_features"], settings["out_features"], settings.get("bias", True)
+        )
+        weights = load(files[f"{path}/model.safetensors"])
+        dense.load_state_dict({k.removeprefix("linear."): v for k, v in weights.items()})
+    except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{path}: the projection cannot be read: {reason}") from error
+    return [dense, activation]
 
 
 def _pooling_modes(settings: Mapping[str, Any]) -> tuple[str, ...]:

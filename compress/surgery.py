@@ -36,7 +36,8 @@ def resize_(model: nn.Module, structure: Mapping[str, int]) -> None:
         return
     groups = {group.key: group for group in find_groups(model)}
     for key, count in structure.items():
-        if key not in groups or not 1 <= count <= groups[key].units:
+        fits = key in groups and isinstance(count, int) and 1 <= count <= groups[key].units
+        if not fits:
             raise ModelError(f"the manifest keeps {count} of {key}, which the model cannot hold")
         keep_units_(model, groups[key], range(count))
 

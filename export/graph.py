@@ -113,8 +113,9 @@ def _tidy_(model: ir.Model, signature: Signature) -> None:
 def _module_of(node: ir.Node) -> str:
     """Return the dotted path of the innermost PyTorch module that a node was traced in."""
     scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
-    names = [name for name in scopes.strip("[]").replace("'", "").split(", ")[:-1] if name]
-    return names[-1].removeprefix("module.") if names else ""
+    names = scopes.strip("[]").replace("'", "").split(", ")[:-1]
+    inside = [name for name in names if name.startswith("module.")]  # of the wrapper's one child
+    return inside[-1].removeprefix("module.") if inside else ""
 
 
 def _reason(error: BaseException) -> str:

@@ -28,9 +28,10 @@ def linearize_(model: ir.Model) -> int:
         weight = ir.node("Mul", [to_float.outputs[0], weight_scale])
         plain = ir.node("MatMul", [quantize.inputs[0], weight.outputs[0]])
         model.graph.insert_before(node, [to_float, weight, plain])
-        ir.convenience.replace_all_uses_with(
-            rescale.outputs[0], plain.outputs[0], replace_graph_outputs=True
-        )
+        old, new = rescale.outputs[0], plain.outputs[0]
+        name = old.name
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        old.name, new.name = f"{name}_rounded", name  # an output is asked for by its name
         count += 1
     return count
 

@@ -154,7 +154,7 @@ _TEXT: dict[str, dict[str, Any]] = {
     "mpnet": {},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
     "phi": {"partial_rotary_factor": 0.5},
-    "qwen2": {"num_key_value_heads": 2},
+    "qwen2": {"num_key_value_heads": 2, "vocab_size": 120},  # its tokenizer class adds a token
     "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
     "roberta": {"pad_token_id": 1, "max_position_embeddings": 66},
     "t5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
@@ -181,11 +181,11 @@ def tiny_model(family: str, auto: Any = AutoModel, seed: int = 0, **changes: Any
     torch.manual_seed(seed)
     model = auto.from_config(tiny_config(family, **changes))
     with torch.no_grad():
-        for name, value in model.named_parameters():
+        for value in model.parameters():
             if value.dim() > 1:
                 value.mul_(3)
-            elif name.endswith("bias"):
-                value.normal_(std=0.1)
+            else:  # biases and norms: away from their usual 0 and 1
+                value.add_(torch.randn_like(value), alpha=0.1)
     return model.eval()
 
 

@@ -24,7 +24,8 @@ def flat_attention_(model: ir.Model) -> int:
         node.attributes["kv_num_heads"] = ir.AttrInt64("kv_num_heads", flat[1][1])
         result = node.outputs[0]
         result.shape = merged.shape
-        ir.convenience.replace_all_uses_with(merged, result, replace_graph_outputs=True)
+        ir.convenience.replace_all_uses_with(merged, result)
+        _remove_with_source_(model, merged)
         count += 1
     return count
 
@@ -55,7 +56,18 @@ def _merged_heads(node: ir.Node) -> ir.Value | None:
     if len(users) != 1 or users[0].op_type != "Reshape":
         return None
     merged = users[0].outputs[0]
+    if merged.is_graph_output():  # which keeps its name
+        return None
     return merged if merged.shape is not None and len(merged.shape) == 3 else None
+
+
+def _remove_with_source_(model: ir.Model, merged: ir.Value) -> None:
+    """Remove the Reshape that gave `merged` and the Transpose before it: their input is flat now."""
+    reshape = merged.producer()
+    value = reshape.inputs[0] if reshape is not None else None
+    transpose = value.producer() if value is not None else None
+    if reshape is not None and transpose is not None:
+        model.graph.remove([reshape, transpose], safe=True)
 
 
 def _swaps_heads(node: ir.Node) -> bool:

@@ -85,7 +85,7 @@ def test_spans_and_signs() -> None:
 def test_lineage_shows_settings_and_no_places() -> None:
     variant = replace(
         make_report().variants[0],
-        lineage=[{"stage": "prune", "config": {"heads": 0.25, "path": "/a/b/c"}, "sha256": "ab"}],
+        lineage=[{"stage": "prune", "settings": {"heads": 0.25, "path": "/a/b/c"}, "sha256": "ab"}],
     )
     assert summary.lineage_chain(variant) == [("prune", "heads 0.25 · path c")]
 

@@ -25,6 +25,12 @@ def write(destination: Path, content: str = "new", overwrite: bool = False) -> N
         (staging / "file").write_text(content)
 
 
+def write_half(destination: Path, overwrite: bool = False) -> None:
+    with staged_directory(destination, overwrite) as staging:
+        (staging / "file").write_text("half")
+        raise RuntimeError("stop")
+
+
 def dead_process() -> int:
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
@@ -42,17 +48,15 @@ def test_result_appears_only_at_the_end(tmp_path: Path) -> None:
 
 
 def test_exception_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="stop"), staged_directory(tmp_path / "out") as staging:
-        (staging / "file").write_text("half")
-        raise RuntimeError("stop")
+    with pytest.raises(RuntimeError, match="stop"):
+        write_half(tmp_path / "out")
     assert names(tmp_path) == []
 
 
 def test_exception_while_overwriting_leaves_the_old(tmp_path: Path) -> None:
     write(tmp_path / "out", "old")
-    with pytest.raises(RuntimeError), staged_directory(tmp_path / "out", overwrite=True) as staging:
-        (staging / "file").write_text("half")
-        raise RuntimeError("stop")
+    with pytest.raises(RuntimeError, match="stop"):
+        write_half(tmp_path / "out", overwrite=True)
     assert names(tmp_path) == ["out"]
     assert (tmp_path / "out" / "file").read_text() == "old"
 
@@ -83,8 +87,8 @@ def test_result_set_aside_by_a_killed_run_is_put_back(tmp_path: Path) -> None:
     old = tmp_path / f".out.old-{dead_process()}"
     old.mkdir()
     (old / "file").write_text("old")
-    with pytest.raises(RuntimeError), staged_directory(tmp_path / "out", overwrite=True):
-        raise RuntimeError("stop")
+    with pytest.raises(RuntimeError, match="stop"):
+        write_half(tmp_path / "out", overwrite=True)
     assert names(tmp_path) == ["out"]
     assert (tmp_path / "out" / "file").read_text() == "old"
 

@@ -140,7 +140,7 @@ def test_quantized_input_is_refused() -> None:
 @pytest.mark.parametrize("family", ["mpnet", "t5"])
 def test_heads_of_shared_biases_are_refused(family: str) -> None:
     checkpoint = tiny_checkpoint(family)
-    with pytest.raises(ModelError, match="shares a bias per head.*pass --heads 0"):
+    with pytest.raises(ModelError, match=r"shares a bias per head.*pass --heads 0"):
         prune(checkpoint, tiny_batches(), PruneConfig(heads=0.25))
 
 

@@ -40,12 +40,13 @@ def test_loss_goes_down_and_the_module_is_left_in_eval_mode() -> None:
 
 def test_same_seed_same_run() -> None:
     runs = []
-    for seed in (0, 0, 1):
-        checkpoint = tiny_checkpoint("bert", "text-classification")  # with dropout
-        log = fit(checkpoint, TrainConfig(steps=4, seed=seed))
+    for seed, dropout in ((0, True), (0, True), (1, True), (0, False)):
+        checkpoint = tiny_checkpoint("bert", "text-classification")
+        log = fit(checkpoint, TrainConfig(steps=4, seed=seed, dropout=dropout))
         runs.append((log.losses, weights_sha256(checkpoint.module)))
     assert runs[0] == runs[1]
     assert runs[0] != runs[2]
+    assert runs[0] != runs[3]
 
 
 def test_accumulated_gradients_equal_one_large_batch() -> None:

@@ -1,0 +1,49 @@
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from torch import nn
+
+from compress.checkpoint import Checkpoint
+from compress.int8 import DynamicInt8Linear, Int8Embedding, quantize_per_channel
+from compress.signature import factory_signature
+from export.graph import ExportConfig, build_graph
+from tests.export.graphs import operators, run_graph
+
+
+def graph_of_module(module: nn.Module, **examples: torch.Tensor) -> ir.Model:
+    axes = {name: dict(enumerate(("batch", "sequence"))) for name in examples}
+    signature = factory_signature(module, examples, axes)
+    return build_graph(Checkpoint(module, "custom", signature), ExportConfig())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_equals_the_module(bias: bool) -> None:
+    torch.manual_seed(0)
+    module = DynamicInt8Linear(24, 17, bias)
+    values, module.scale = quantize_per_channel(torch.randn(24, 17), axis=1)
+    module.weight = values.contiguous()
+    if bias:
+        module.bias = torch.randn(17)
+    model = graph_of_module(module, x=torch.randn(2, 5, 24))
+    found = operators(model)
+    assert found["DynamicQuantizeLinear"] == found["MatMulInteger"] == 1
+    assert found["MatMul"] == found["Gemm"] == 0
+    for shape in ((1, 1, 24), (3, 40, 24)):
+        for offset in (0.0, 3.0, -3.0):
+            x = torch.randn(shape) + offset
+            expected = module(x).numpy()
+            actual = run_graph(model, {"x": x})["output"]
+            # the integers are the same; only the scales' products may round differently
+            np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-5)
+
+
+def test_embedding_equals_the_module() -> None:
+    torch.manual_seed(0)
+    module = Int8Embedding(11, 16)
+    module.weight, module.scale = quantize_per_channel(torch.randn(11, 16), axis=0)
+    model = graph_of_module(module, ids=torch.arange(6).reshape(2, 3))
+    ids = torch.randint(0, 11, (4, 9))
+    assert np.array_equal(run_graph(model, {"ids": ids})["output"], module(ids).numpy())
+    tables = [v for v in model.graph.initializers.values() if v.dtype == ir.DataType.INT8]
+    assert [tuple(v.const_value.shape) for v in tables if v.const_value] == [(11, 16)]
