@@ -1,6 +1,7 @@
 """What a model takes and gives: names, dtypes and dynamic axes, asked of the model itself."""
 
 import inspect
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -56,10 +57,10 @@ class Signature:
         return any(axis == "sequence" for item in self.inputs for _, axis in item.axes)
 
     def to_json(self) -> dict[str, Any]:
-        """Return all but the example tensors as a JSON-able dict."""
+        """Return all but the example tensors, as JSON gives them back: lists for tuples."""
         fields = {**vars(self), "inputs": [vars(item) for item in self.inputs]}
         del fields["examples"]
-        return fields
+        return dict(json.loads(json.dumps(fields)))
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], examples: tuple[Tensor, ...] = ()) -> "Signature":

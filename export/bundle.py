@@ -82,7 +82,11 @@ def open_bundle(path: str | Path) -> OnnxBundle:
     if not (path / GRAPH).is_file() or not (path / MANIFEST).is_file():
         raise ModelError(f"{path} is no ONNX bundle: it needs {GRAPH} and {MANIFEST}")
     manifest = read_json(path / MANIFEST)
-    if not isinstance(manifest, dict) or "signature" not in manifest:
+    if (
+        not isinstance(manifest, dict)
+        or "signature" not in manifest
+        or not isinstance(manifest.get("format"), int)
+    ):
         raise ModelError(f"{path / MANIFEST} is not a bundle's manifest")
     if manifest["format"] > FORMAT:
         raise ModelError(f"{path} has format {manifest['format']}, newer than {FORMAT}; upgrade")

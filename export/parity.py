@@ -89,6 +89,8 @@ class ParityReport:
         """Raise `ParityError` that names the worst check and the first module that differs."""
         if self.passed:
             return
+        if not self.checks:
+            raise ParityError("the graph was compared with its source on no case at all")
         worst = self.worst()
         where = f"; first differs at {self.diverges}" if self.diverges else ""
         raise ParityError(

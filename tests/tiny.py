@@ -119,8 +119,6 @@ _SHARED: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "intermediate_size": 64,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
 }
 _TEXT: dict[str, dict[str, Any]] = {
     "albert": {"embedding_size": 16, "num_hidden_groups": 2},
@@ -169,7 +167,13 @@ def tiny_config(family: str, **changes: Any) -> Any:
     """Return a two-layer config of `family`: 4 heads of 8, 64 neurons, 64 positions, no dropout."""
     if family in VISION:
         return AutoConfig.for_model(family, **(_SHARED | _VISION | changes))
-    words = {"vocab_size": len(tiny_tokenizer()), "bos_token_id": 2, "eos_token_id": 3}
+    words = {
+        "vocab_size": len(tiny_tokenizer()),
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 2,
+        "eos_token_id": 3,
+    }
     return AutoConfig.for_model(family, **(_SHARED | words | _TEXT[family] | changes))
 
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import click
 
@@ -51,5 +52,5 @@ def _start(group: click.Group, name: str) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.path.append(os.getcwd())  # where package.module:factory is looked for, after all else
+    sys.path.append(str(Path.cwd()))  # where package.module:factory is looked for, after all else
     group(prog_name=name)

@@ -43,7 +43,7 @@ def test_pruned_equals_masked(family: str) -> None:
     sample = checkpoint.signature.sample(batch=3, sequence=9, ragged=True)
     with torch.no_grad():
         expected = {k: v.numpy() for k, v in named_outputs(masked, sample).items()}
-    assert worst(pruned.predict(sample), expected) < 2e-6
+    assert worst(pruned.predict(sample), expected) < 5e-6
     assert worst(checkpoint.predict(sample), expected) > 1e-3  # the units did matter
     # the numbers are gone, not only silent
     assert dict(pruned.structure) == {key: len(units) for key, units in plan.keep.items()}

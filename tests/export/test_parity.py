@@ -286,7 +286,7 @@ def test_no_checks_is_no_pass() -> None:
 
 
 def test_empty_report_raises_the_familys_error() -> None:
-    with pytest.raises(ParityError):
+    with pytest.raises(ParityError, match="no case"):
         ParityReport(()).raise_if_failed()
 
 
