@@ -26,7 +26,7 @@ def commands(name: str) -> list[str]:
 def test_documented_commands_work(name: str, tmp_path: Path) -> None:
     lines = commands(name)
     assert lines
-    write_sentence_encoder(tmp_path / "tiny")
+    write_sentence_encoder(tmp_path / "tiny", num_hidden_layers=4)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for line in lines:
         # the small model in place of the real one, which takes minutes; all else as documented
