@@ -17,6 +17,7 @@ from compress.sentence import SentenceEncoder
 from compress.signature import Signature, named_outputs
 from compress.tasks import CUSTOM, TASKS, Task
 from compress.versions import versions
+from compress.wrapper import Wrapper
 
 FORMAT = 1  # of onnxpress.json; raised when an older reader would misread a newer file
 MANIFEST = "onnxpress.json"
@@ -42,8 +43,8 @@ class Checkpoint:
 
     @property
     def backbone(self) -> nn.Module:
-        """The transformer itself: inside a sentence encoder, otherwise the module."""
-        return self.module.backbone if isinstance(self.module, SentenceEncoder) else self.module
+        """The transformer itself: inside a wrapper, otherwise the module."""
+        return self.module.backbone if isinstance(self.module, Wrapper) else self.module
 
     @property
     def config(self) -> Any:

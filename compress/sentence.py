@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from calib_data.errors import ModelError
 from compress.files import inside, read_json
 from compress.signature import named_outputs
+from compress.wrapper import Wrapper
 
 _POOLINGS = ("cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 
@@ -36,22 +37,16 @@ def pool(hidden: Tensor, mask: Tensor, mode: str) -> Tensor:
     return total / (count.sqrt() if mode == "mean_sqrt_len_tokens" else count)
 
 
-class SentenceEncoder(nn.Module):
+class SentenceEncoder(Wrapper):
     """A transformer whose token embeddings are pooled into one vector per text."""
 
     def __init__(
         self, backbone: nn.Module, modes: tuple[str, ...], projections: nn.Module, normalize: bool
     ) -> None:
-        super().__init__()
-        self.backbone = backbone
+        super().__init__(backbone)
         self.modes = modes
         self.projections = projections
         self.normalize = normalize
-
-    @property
-    def config(self) -> Any:
-        """The transformer's config."""
-        return self.backbone.config
 
     def forward(self, **inputs: Tensor) -> Mapping[str, Tensor]:
         """Return token_embeddings (batch, sequence, width) and sentence_embedding (batch, width)."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from calib_data.errors import ConfigError, ModelError
 
-Kind = Literal["ids", "mask", "types", "pixels", "example"]
+Kind = Literal["ids", "mask", "types", "positions", "pixels", "hidden", "past", "flag", "example"]
 
 # name → (what it holds, dynamic axes): the ecosystem's names for what a model may take
 _KNOWN: dict[str, tuple[Kind, dict[int, str]]] = {
@@ -78,51 +78,95 @@ class Signature:
         fields = {**value, "inputs": inputs, "outputs": tuple(value["outputs"])}
         return cls(**fields, examples=examples)
 
+    @property
+    def has_past(self) -> bool:
+        """Whether it takes a key/value cache."""
+        return any(item.kind == "past" for item in self.inputs)
+
     def sample(
-        self, batch: int = 2, sequence: int = 16, seed: int = 0, ragged: bool = False
+        self,
+        batch: int = 2,
+        sequence: int = 16,
+        seed: int = 0,
+        ragged: bool = False,
+        past: int = 0,
     ) -> dict[str, Tensor]:
         """Return valid random inputs: ids (batch, sequence), pixels (batch, channels, height, width).
 
-        With `ragged`, rows have different lengths and are padded on the right. Raises `ConfigError`
-        where `sequence` is more than the model has positions for.
+        With `ragged`, rows have different lengths; they are padded on the right, and with a cache on
+        the left, as generation does. `past` positions are in the cache already, where there is one.
+        Raises `ConfigError` where that is more than the model has positions for.
         """
-        if self.has_sequence and self.longest is not None and sequence > self.longest:
+        total = past + sequence
+        if self.has_sequence and self.longest is not None and total > self.longest:
             raise ConfigError(
-                f"a sequence of {sequence} is longer than the model's {self.longest} positions"
+                f"a sequence of {total} is longer than the model's {self.longest} positions"
             )
         random = torch.Generator().manual_seed(seed)
-        lengths = torch.full((batch,), sequence)
-        if ragged and sequence > 1:
-            lengths = torch.randint(1, sequence + 1, (batch,), generator=random)
-            lengths[0] = sequence
-        real = torch.arange(sequence).unsqueeze(0) < lengths.unsqueeze(1)  # (batch, sequence)
+        masks: dict[int, Tensor] = {}
+
+        def real(length: int, left: bool) -> Tensor:
+            """Return which of (batch, length) tokens are real; the same for every input."""
+            if length not in masks:
+                lengths = torch.full((batch,), length)
+                if ragged and length > 1:
+                    lengths = torch.randint(1, length + 1, (batch,), generator=random)
+                    lengths[0] = length
+                order = torch.arange(length).unsqueeze(0)
+                order = length - 1 - order if left else order
+                masks[length] = order < lengths.unsqueeze(1)
+            return masks[length]
+
+        sizes = {
+            "batch": batch,
+            "sequence": sequence,
+            "decoder_sequence": sequence,
+            "past_sequence": past,
+            "total_sequence": total,
+            "encoder_sequence": (sequence + 1) // 2 + 3,
+        }
+        masked = {name for item in self.inputs if item.kind == "mask" for _, name in item.axes}
+        left = "total_sequence" in masked
         made: dict[str, Tensor] = {}
         for index, item in enumerate(self.inputs):
+            shape = list(item.shape)
+            for axis, name in item.axes:
+                shape[axis] = sizes.get(name, shape[axis])
             if item.kind == "ids":
                 # never the padding id: some models count positions from it
-                ids = torch.randint(0, self.vocabulary - 1, (batch, sequence), generator=random)
+                ids = torch.randint(0, self.vocabulary - 1, shape, generator=random)
                 ids = torch.where(ids >= self.pad, ids + 1, ids) % self.vocabulary
-                made[item.name] = torch.where(real, ids, self.pad)
+                if left:
+                    ids = torch.where(real(total, True)[:, past:], ids, self.pad)
+                elif dict(item.axes).get(1) in masked:
+                    ids = torch.where(real(shape[1], False), ids, self.pad)
+                made[item.name] = ids
             elif item.kind == "mask":
-                made[item.name] = real.long()
+                made[item.name] = real(shape[1], left).long()
+            elif item.kind == "positions":
+                made[item.name] = positions_from(real(total, left).long(), sequence)
             elif item.kind == "types":
                 types = (torch.arange(sequence) >= (sequence + 1) // 2).long() * (self.types > 1)
-                made[item.name] = types.expand(batch, -1) * real
-            elif item.kind == "pixels":
-                made[item.name] = torch.randn((batch, *item.shape[1:]), generator=random)
+                made[item.name] = types.expand(batch, -1) * real(sequence, False)
+            elif item.kind in ("pixels", "hidden", "past"):
+                made[item.name] = torch.randn(shape, generator=random)
+            elif item.kind == "flag":
+                made[item.name] = torch.tensor([past > 0])
             else:
-                made[item.name] = _resample(item, self.examples[index], batch, sequence, random)
+                made[item.name] = _resample(item, self.examples[index], shape, random)
         return made
 
 
-def _resample(
-    item: Input, example: Tensor, batch: int, sequence: int, random: torch.Generator
-) -> Tensor:
-    """Return a tensor like `example` with its dynamic axes resized, its values drawn again."""
-    sizes = {"batch": batch, "sequence": sequence}
-    shape = list(example.shape)
-    for axis, name in item.axes:
-        shape[axis] = sizes.get(name, shape[axis])
+def positions_from(mask: Tensor, sequence: int) -> Tensor:
+    """Return the positions (batch, sequence) of the last tokens under `mask` (batch, total).
+
+    Padding does not count; where it stands itself, the position is 0.
+    """
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)[:, mask.shape[1] - sequence :]
+
+
+def _resample(item: Input, example: Tensor, shape: list[int], random: torch.Generator) -> Tensor:
+    """Return a tensor like `example` of another shape, its values drawn again."""
     if example.is_floating_point():
         spread = example.float().std(correction=0).item() if example.numel() > 1 else 1.0
         noise = torch.randn(shape, generator=random) * (spread or 1.0)

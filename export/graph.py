@@ -21,6 +21,7 @@ from export.passes import PASSES
 from export.translation import translations
 
 OPSETS = range(18, 25)
+_TRACED_PAST = 5
 MODULE = "onnxpress.module"  # metadata of a node: the PyTorch module it comes from
 
 
@@ -58,7 +59,12 @@ def build_graph(checkpoint: Checkpoint, config: ExportConfig) -> ir.Model:
     Raises `ExportError` with PyTorch's own reason where tracing or translation fails.
     """
     signature = checkpoint.signature
-    sample = signature.sample(batch=2, sequence=_traced_length(signature), ragged=True)
+    sample = signature.sample(
+        batch=2,
+        sequence=_traced_length(signature),
+        ragged=True,
+        past=_TRACED_PAST * signature.has_past,
+    )
     axes = tuple({a: torch.export.Dim.DYNAMIC for a, _ in item.axes} for item in signature.inputs)
     module = _Positional(checkpoint.module, signature).eval()
     try:
@@ -87,7 +93,7 @@ def build_graph(checkpoint: Checkpoint, config: ExportConfig) -> ir.Model:
 
 def _traced_length(signature: Signature) -> int:
     """Return a length that no weight's size is likely to equal, within the model's positions."""
-    return min(11, signature.longest or 11)
+    return min(11, (signature.longest or 99) - _TRACED_PAST * signature.has_past)
 
 
 def _tidy_(model: ir.Model, signature: Signature) -> None:

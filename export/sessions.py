@@ -59,10 +59,45 @@ def open_session(
 
 
 def run(session: ort.InferenceSession, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Return the session's outputs by name for the entries of `inputs` that it takes."""
-    feed = {item.name: np.asarray(inputs[item.name]) for item in session.get_inputs()}
+    """Return the session's outputs by name for the entries of `inputs` that it takes.
+
+    A decoder's cache may be left out, which is an empty one, and so may its positions.
+    """
+    feed = {
+        item.name: np.asarray(inputs[item.name])
+        for item in session.get_inputs()
+        if item.name in inputs
+    }
+    feed |= _start(session, feed)
     names = [item.name for item in session.get_outputs()]
     return dict(zip(names, session.run(names, feed)))
+
+
+def positions_from(mask: np.ndarray, sequence: int) -> np.ndarray:
+    """Return the positions (batch, sequence) of the last tokens under `mask` (batch, total).
+
+    Padding does not count; where it stands itself, the position is 0.
+    """
+    positions: np.ndarray = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, mask.shape[1] - sequence :]
+    return positions
+
+
+def _start(session: ort.InferenceSession, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return an empty cache and the positions, as far as the session takes them and `feed` has none."""
+    made: dict[str, np.ndarray] = {}
+    for item in session.get_inputs():
+        if item.name in feed:
+            continue
+        if item.name == "position_ids":
+            ids, mask = feed["input_ids"], feed["attention_mask"]
+            made[item.name] = positions_from(mask, ids.shape[1])
+        elif item.name.startswith("past_key_values."):
+            _, heads, _, width = item.shape
+            kind = np.float16 if item.type == "tensor(float16)" else np.float32
+            made[item.name] = np.zeros((feed["input_ids"].shape[0], heads, 0, width), kind)
+        else:
+            raise ModelError(f"the graph takes {item.name}, and the inputs hold {', '.join(feed)}")
+    return made
 
 
 def session_predict(session: ort.InferenceSession) -> "Predict":

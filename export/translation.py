@@ -1,4 +1,4 @@
-"""How the int8 modules' operators are written in ONNX: one translation each, nothing else."""
+"""How this project's own PyTorch operators are written in ONNX: one translation each, nothing else."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from onnxscript import opset18 as op
 
-import compress.int8  # noqa: F401  (defines the operators that are translated here)
+# these define the operators that are translated here
+import compress.int8  # noqa: F401
+import export.cached  # noqa: F401
 
 
 def _dynamic_quantized_linear(x: Any, weight: Any, scale: Any) -> Any:
@@ -16,6 +18,13 @@ def _dynamic_quantized_linear(x: Any, weight: Any, scale: Any) -> Any:
     return op.Mul(product, op.Mul(x_scale, scale))
 
 
+def _append(past: Any, new: Any, mask: Any) -> Any:
+    return op.Concat(past, new, axis=2)
+
+
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Return the table that `torch.onnx.export` takes: PyTorch operator → ONNX function."""
-    return {torch.ops.onnxpress.dynamic_quantized_linear.default: _dynamic_quantized_linear}
+    return {
+        torch.ops.onnxpress.dynamic_quantized_linear.default: _dynamic_quantized_linear,
+        torch.ops.onnxpress.append.default: _append,
+    }
