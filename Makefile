@@ -10,7 +10,7 @@ demo: $(INSTALLED)
 	$(BIN)/onnxpress run recipes/minilm.yaml -o demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --dist worksteal
 
 check: lint types imports test
 

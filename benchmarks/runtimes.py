@@ -4,7 +4,6 @@ A new baseline is one more row of `RUNTIMES`. Nothing heavy is imported until a 
 the memory of an ONNX worker must not hold PyTorch.
 """
 
-import hashlib
 import importlib
 import json
 from collections.abc import Callable, Mapping
@@ -112,33 +111,37 @@ def _describe_bundle(model: str) -> Source:
     from export.bundle import open_bundle
 
     bundle = open_bundle(model)
+    bundle.verify()
+    graph = bundle.graph
     config = bundle.path / "config.json"
     settings = json.loads(config.read_text()) if config.is_file() else {}
-    files = sorted(bundle.model_path.parent.glob(f"{bundle.model_path.name}*"))
     return Source(
         task=bundle.task,
-        signature=bundle.signature,
+        signature=graph.signature,
         processor=bundle.processor,
         max_length=bundle.max_length,
         lineage=tuple(bundle.lineage),
-        size_bytes=bundle.size_bytes,
-        sha256={file.name: _file_sha256(file) for file in files},
-        output=bundle.manifest.get("output"),
+        size_bytes=graph.size_bytes,
+        sha256={name: file.sha256 for name, file in graph.files.items()},
+        output=graph.output,
         labels=_labels(settings.get("id2label")),
     )
 
 
 def _open_graph(model: str, provider: str, threads: int) -> Loaded:
-    from export.sessions import open_session
+    from export.sessions import complete_feed, open_session
 
     path = Path(model)
     session = open_session(path / "model.onnx" if path.is_dir() else path, provider, threads)
-    taken = {item.name for item in session.get_inputs()}
     names = [item.name for item in session.get_outputs()]
     return Loaded(
-        prepare=lambda batch: {k: np.ascontiguousarray(v) for k, v in batch.items() if k in taken},
+        prepare=lambda batch: complete_feed(session, batch),
         run=lambda feed: session.run(None, feed),
-        collect=lambda outputs: dict(zip(names, outputs, strict=True)),
+        collect=lambda outputs: {
+            name: value
+            for name, value in zip(names, outputs, strict=True)
+            if not name.startswith("present.")  # no metric looks at a cache
+        },
         providers=tuple(session.get_providers()),
     )
 
@@ -146,11 +149,6 @@ def _open_graph(model: str, provider: str, threads: int) -> Loaded:
 def _labels(names: Mapping[Any, str] | None) -> tuple[str, ...]:
     """Return the class names of a config, whose keys are whole numbers or their digits."""
     return tuple(names[key] for key in sorted(names, key=int)) if names else ()
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 RUNTIMES: dict[str, Runtime] = {

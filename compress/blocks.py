@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from calib_data.errors import ModelError
 from compress.int8 import DynamicInt8Linear
+from compress.weight_only import WeightOnlyLinear
 
 Kind = Literal["heads", "neurons"]
 
@@ -71,13 +72,15 @@ class Group:
 
 
 def is_linear(module: nn.Module | None) -> bool:
-    """Whether `module` is a linear layer: `nn.Linear`, GPT-2's `Conv1D`, or an int8 one."""
-    known = isinstance(module, nn.Linear | DynamicInt8Linear)
+    """Whether `module` is a linear layer: `nn.Linear`, GPT-2's `Conv1D`, or a quantized one."""
+    known = isinstance(module, nn.Linear | DynamicInt8Linear | WeightOnlyLinear)
     return known or type(module).__name__ == "Conv1D"
 
 
 def features(module: Any) -> tuple[int, int]:
     """Return (inputs, outputs) of a linear layer."""
+    if isinstance(module, WeightOnlyLinear):  # its weight is packed
+        return module.in_features, module.out_features
     rows, columns = module.weight.shape
     # nn.Linear alone holds (outputs, inputs)
     return (columns, rows) if isinstance(module, nn.Linear) else (rows, columns)

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from calib_data.batches import ImageShape
 from calib_data.errors import ConfigError, ModelError
-from compress.files import write_json
-from compress.sentence import SentenceEncoder
+from compress.files import read_json, write_json
 from compress.signature import Signature, named_outputs
 from compress.tasks import CUSTOM, TASKS, Task
 from compress.versions import versions
@@ -140,11 +139,6 @@ def save_checkpoint(checkpoint: Checkpoint, directory: Path) -> None:
 
     weights = {k: v.detach().cpu().contiguous() for k, v in weights_of(checkpoint.backbone).items()}
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    if isinstance(checkpoint.module, SentenceEncoder):
-        for name, content in checkpoint.sidecars.items():
-            path = directory / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
     save_processor(checkpoint, directory)
     write_json(
         directory / MANIFEST,
@@ -161,8 +155,25 @@ def save_checkpoint(checkpoint: Checkpoint, directory: Path) -> None:
 
 
 def save_processor(checkpoint: Checkpoint, directory: Path) -> None:
-    """Write the config and the tokenizer or image processor into `directory`."""
+    """Write configs, tokenizer or image processor, and sentence-transformers files into `directory`."""
     if checkpoint.config is not None:
         checkpoint.config.save_pretrained(directory)
+    generation = getattr(checkpoint.backbone, "generation_config", None)
+    if generation is not None:  # not its save_pretrained, which refuses what many models come with
+        text = generation.to_json_string()
+        (directory / "generation_config.json").write_text(text, encoding="utf-8")
     if checkpoint.processor is not None and not isinstance(checkpoint.processor, ImageShape):
         checkpoint.processor.save_pretrained(directory)
+        _name_tokenizer_for_all(directory / "tokenizer_config.json")
+    for name, content in checkpoint.sidecars.items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def _name_tokenizer_for_all(path: Path) -> None:
+    """Give a tokenizer without a class of its own the name that transformers 4 knows as well."""
+    if path.is_file():
+        settings = read_json(path)
+        if settings.get("tokenizer_class") == "TokenizersBackend":
+            write_json(path, {**settings, "tokenizer_class": "PreTrainedTokenizerFast"})

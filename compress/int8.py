@@ -75,6 +75,15 @@ class DynamicInt8Linear(nn.Module):
         self.register_buffer("scale", torch.ones(out_features))
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
 
+    def quantize_(self, weight: Tensor) -> None:
+        """Hold the float `weight` (out, in) in int8."""
+        values, self.scale = quantize_per_channel(weight.t(), axis=1)
+        self.weight = values.contiguous()
+
+    def dequantize(self) -> Tensor:
+        """Return the float32 weight (out, in) that the module stands for."""
+        return (self.weight.float() * self.scale).t().contiguous()
+
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
         y = dynamic_quantized_linear(x, self.weight, self.scale)
@@ -95,6 +104,14 @@ class Int8Embedding(nn.Module):
         self.padding_idx = padding_idx  # some models count positions from it
         self.register_buffer("weight", torch.zeros(num_embeddings, embedding_dim, dtype=torch.int8))
         self.register_buffer("scale", torch.ones(num_embeddings))
+
+    def quantize_(self, weight: Tensor) -> None:
+        """Hold the float table `weight` (rows, width) in int8."""
+        self.weight, self.scale = quantize_per_channel(weight, axis=0)
+
+    def dequantize(self) -> Tensor:
+        """Return the float32 table (rows, width) that the module stands for."""
+        return self.weight.float() * self.scale.unsqueeze(1)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Map ids (...) to vectors (..., width), float32."""

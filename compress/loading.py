@@ -16,7 +16,7 @@ from calib_data.errors import ModelError
 from compress.checkpoint import FORMAT, MANIFEST, Checkpoint, weights_sha256
 from compress.files import inside, read_json, sha256_file
 from compress.sentence import is_sentence_directory, read_modules, sidecars, wrap_backbone
-from compress.signature import factory_signature, transformer_signature
+from compress.signature import factory_signature, has_towers, transformer_signature
 from compress.surgery import resize_
 from compress.tasks import CUSTOM, Task, get_task, task_of
 
@@ -113,7 +113,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     manifest = read_json(path)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
         raise ModelError(f"{path} is not a checkpoint's manifest")
-    if "inputs" in manifest:
+    if "graphs" in manifest:
         raise ModelError(f"{directory} is an ONNX bundle; name the checkpoint it was exported from")
     if manifest["format"] > FORMAT:
         raise ModelError(
@@ -143,7 +143,7 @@ def _open_transformer(
     else:
         module = _from_pretrained(home, task, config, trust)
     module.eval()
-    processor = open_processor(home, _image_shape(module), trust)
+    processor = open_processor(home, _image_shape(module), trust, text=has_towers(module))
     limits = directory / "sentence_bert_config.json"
     if limits.is_file() and processor is not None and read_json(limits).get("max_seq_length"):
         processor.model_max_length = int(read_json(limits)["max_seq_length"])
@@ -255,6 +255,8 @@ def _rebuild(
     from compress.quantize import quantized_skeleton_
 
     module = getattr(transformers, task.auto_class).from_config(config, dtype=torch.float32)
+    if (directory / "generation_config.json").is_file() and module.can_generate():
+        module.generation_config = transformers.GenerationConfig.from_pretrained(directory)
     weights = _read_weights(directory)
     if not any(name.startswith("pooler.") for name in weights) and hasattr(module, "pooler"):
         module.pooler = None
@@ -296,33 +298,46 @@ def load_strictly_(module: nn.Module, weights: Mapping[str, Tensor], where: str)
             own[name].copy_(value)
 
 
-def open_processor(directory: Path, image: ImageShape | None, trust: bool = False) -> Any:
-    """Return the tokenizer or image processor in `directory`; `image` or None where there is none."""
-    from transformers import AutoImageProcessor, AutoTokenizer
+def open_processor(
+    directory: Path, image: ImageShape | None, trust: bool = False, *, text: bool = False
+) -> Any:
+    """Return the tokenizer in `directory`, or for a model of images the image processor.
 
-    names = (
-        ["preprocessor_config.json", "processor_config.json"]
-        if image
-        else ["tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json"]
-    )
-    if not any((directory / name).is_file() for name in names):
-        return image
-    opener: Any = AutoImageProcessor if image else AutoTokenizer
+    For one that takes `text` and images, what holds both, or the one there is. Where there is none,
+    `image` for a model of images alone, else None.
+    """
+    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+
+    def has(*names: str) -> bool:
+        return any((directory / name).is_file() for name in names)
+
+    openers: dict[str, Any] = {}
+    if (text or not image) and has(
+        "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json"
+    ):
+        openers["tokenizer"] = AutoTokenizer
+    if image and has("preprocessor_config.json", "processor_config.json"):
+        openers["image processor"] = AutoImageProcessor
+    if not openers:
+        return None if text else image
+    kind = " and ".join(openers)
+    opener = AutoProcessor if len(openers) == 2 else openers[kind]
     try:
         with _quiet():
             return opener.from_pretrained(directory, trust_remote_code=trust)
     except Exception as error:  # a broken tokenizer.json raises a bare Exception
-        kind = "image processor" if image else "tokenizer"
         raise ModelError(f"{directory}: the {kind} cannot be read: {_line(error)}") from error
 
 
 def _image_shape(module: Any) -> ImageShape | None:
-    """Return the size of the images that `module` takes, or None where it takes text."""
-    if getattr(module, "main_input_name", "") != "pixel_values":
+    """Return the size of the images that `module` takes, or None where it takes text alone."""
+    if getattr(module, "main_input_name", "") != "pixel_values" and not has_towers(module):
         return None
     vision = getattr(module.config, "vision_config", module.config)
     size = vision.image_size
-    return ImageShape(size if isinstance(size, int) else size[0], vision.num_channels)
+    return ImageShape(
+        size if isinstance(size, int) else size[0], getattr(vision, "num_channels", 3)
+    )
 
 
 # --- factories ----------------------------------------------------------------------------------
@@ -397,8 +412,9 @@ def _check(checkpoint: Checkpoint, name: str) -> None:
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise ModelError(f"{name}: {key} holds NaN or infinite values; the file is damaged")
     rows = checkpoint.signature.vocabulary
-    if rows and hasattr(checkpoint.processor, "get_vocab"):
-        largest = max(checkpoint.processor.get_vocab().values(), default=0)
+    tokenizer = getattr(checkpoint.processor, "tokenizer", checkpoint.processor)
+    if rows and hasattr(tokenizer, "get_vocab"):
+        largest = max(tokenizer.get_vocab().values(), default=0)
         if largest >= rows:
             raise ModelError(
                 f"{name}: the tokenizer has ids up to {largest}, the embedding table {rows} rows; "

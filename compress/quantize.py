@@ -1,9 +1,9 @@
-"""The int8 stage: linear layers and embedding tables become int8 modules, decided in PyTorch."""
+"""The quantize stage: linear layers and embedding tables become small ones, decided in PyTorch."""
 
 import copy
 import fnmatch
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -11,27 +11,52 @@ from torch import nn
 from calib_data.errors import ModelError
 from compress.blocks import features
 from compress.checkpoint import Checkpoint, StageResult, weights_sha256
-from compress.config import StageConfig, one_of
-from compress.int8 import DynamicInt8Linear, Int8Embedding, quantize_per_channel
+from compress.config import StageConfig, one_of, require
+from compress.int8 import DynamicInt8Linear, Int8Embedding
+from compress.weight_only import WeightOnlyLinear
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What takes a linear layer's place, and the settings that it is made with."""
+
+    linear: type[nn.Module]
+    settings: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # allowed, default first
+
+
+SCHEMES = {
+    "dynamic": Scheme(DynamicInt8Linear),
+    "weight-only": Scheme(WeightOnlyLinear, {"bits": (4, 8), "block_size": (32, 16, 64, 128, 256)}),
+}
 
 
 @dataclass(frozen=True)
 class QuantizeConfig(StageConfig):
-    """How to quantize."""
+    """How to quantize. A setting that the scheme has and that is not given gets its default."""
 
     scheme: str = "dynamic"  # int8 weights per channel, uint8 activations at run time
     skip: tuple[str, ...] = ()  # patterns of module names that stay float
+    bits: int | None = None  # of each weight
+    block_size: int | None = None  # weights that share a scale
 
     def __post_init__(self) -> None:
-        one_of("--scheme", self.scheme, ("dynamic",))
+        one_of("--scheme", self.scheme, tuple(SCHEMES))
+        settings = SCHEMES[self.scheme].settings
+        for name in ("bits", "block_size"):
+            option, value = f"--{name.replace('_', '-')}", getattr(self, name)
+            if value is not None:
+                require(name in settings, f"the scheme {self.scheme} has no {option}; leave it out")
+                one_of(option, value, settings[name])
+            elif name in settings:
+                object.__setattr__(self, name, settings[name][0])
 
 
 def quantize(
     checkpoint: Checkpoint, config: QuantizeConfig, progress: Callable[[], None] = lambda: None
 ) -> StageResult:
-    """Return the checkpoint with its linear layers and embedding tables in int8.
+    """Return the checkpoint with its linear layers as the scheme has them, and int8 embedding tables.
 
-    The input is untouched. A linear layer whose weight is tied to an embedding keeps its own int8
+    The input is untouched. A linear layer whose weight is tied to an embedding keeps its own
     copy, since the two are scaled along different axes. Raises `ModelError` for a checkpoint that is
     quantized already, or has nothing to quantize.
     """
@@ -42,14 +67,17 @@ def quantize(
     names = _quantizable(quantized, config.skip)
     if not names:
         raise ModelError("there is no linear layer or embedding table to quantize")
-    for name in names:
-        _replace_(quantized.backbone, name, _int8(quantized.backbone.get_submodule(name)))
-        progress()
     settings = config.to_json()
+    chosen = {name: settings[name] for name in SCHEMES[config.scheme].settings}
+    quantization = {"scheme": config.scheme, **chosen, "modules": names}
+    for name in names:
+        source = quantized.backbone.get_submodule(name)
+        _replace_(quantized.backbone, name, _quantized(source, quantization))
+        progress()
     before, after = (_bytes(c.backbone) for c in (checkpoint, quantized))
     report = {"modules": names, "bytes_before": before, "bytes_after": after}
     return StageResult(
-        replace(quantized, quantization={"scheme": config.scheme, "modules": names}).with_stage(
+        replace(quantized, quantization=quantization).with_stage(
             "quantize",
             settings=settings,
             parent=weights_sha256(checkpoint.backbone),
@@ -60,11 +88,18 @@ def quantize(
 
 
 def quantized_skeleton_(model: nn.Module, quantization: Mapping[str, Any]) -> None:
-    """Put empty int8 modules where the manifest names them, ready to load weights into."""
-    if quantization.get("scheme") != "dynamic":
+    """Put empty quantized modules where the manifest names them, ready to load weights into."""
+    if quantization.get("scheme") not in SCHEMES:
         raise ModelError(
-            f"the manifest names the scheme {quantization.get('scheme')!r}; this version knows dynamic"
+            f"the manifest names the scheme {quantization.get('scheme')!r}; "
+            f"this version knows {', '.join(SCHEMES)}"
         )
+    for name, known in SCHEMES[quantization["scheme"]].settings.items():
+        if quantization.get(name) not in known:
+            raise ModelError(
+                f"the manifest names {name} {quantization.get(name)}; "
+                f"this version knows {', '.join(map(str, known))}"
+            )
     for name in quantization.get("modules") or ():
         try:
             source = model.get_submodule(name)
@@ -72,11 +107,11 @@ def quantized_skeleton_(model: nn.Module, quantization: Mapping[str, Any]) -> No
             raise ModelError(
                 f"the manifest quantizes {name}, which the model does not have"
             ) from error
-        _replace_(model, name, _empty(source))
+        _replace_(model, name, _empty(source, quantization))
 
 
 def dequantized(checkpoint: Checkpoint) -> Checkpoint:
-    """Return a copy whose int8 modules are float ones with the same weights: no rounding at run time."""
+    """Return a copy whose quantized modules are float ones, weights the same: no run-time rounding."""
     copied = replace(checkpoint, module=copy.deepcopy(checkpoint.module), quantization=None)
     for name in (checkpoint.quantization or {}).get("modules", ()):
         _replace_(copied.backbone, name, _float(copied.backbone.get_submodule(name)))
@@ -124,36 +159,33 @@ def _replace_(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), last, module)
 
 
-def _empty(source: Any) -> nn.Module:
+def _empty(source: Any, quantization: Mapping[str, Any]) -> nn.Module:
     if isinstance(source, nn.Embedding):
         return Int8Embedding(source.num_embeddings, source.embedding_dim, source.padding_idx)
-    inputs, outputs = features(source)
-    return DynamicInt8Linear(inputs, outputs, source.bias is not None)
+    scheme = SCHEMES[quantization["scheme"]]
+    settings = {name: quantization[name] for name in scheme.settings}
+    return scheme.linear(*features(source), source.bias is not None, **settings)
 
 
-def _int8(source: Any) -> nn.Module:
-    made: Any = _empty(source)
-    if isinstance(source, nn.Embedding):
-        made.weight, made.scale = quantize_per_channel(source.weight, axis=0)
-        return made
-    weight = source.weight.t() if isinstance(source, nn.Linear) else source.weight  # (in, out)
-    values, made.scale = quantize_per_channel(weight, axis=1)
-    made.weight = values.contiguous()
-    if source.bias is not None:
+def _quantized(source: Any, quantization: Mapping[str, Any]) -> nn.Module:
+    made: Any = _empty(source, quantization)
+    conv1d = not isinstance(source, nn.Linear | nn.Embedding)  # which holds (in, out)
+    made.quantize_(source.weight.t() if conv1d else source.weight)
+    if getattr(source, "bias", None) is not None:
         made.bias = source.bias.detach().clone()
     return made
 
 
 def _float(source: Any) -> nn.Module:
+    made: Any
     if isinstance(source, Int8Embedding):
-        table = nn.Embedding(source.num_embeddings, source.embedding_dim)
-        table.weight.data = source.weight.float() * source.scale.unsqueeze(1)
-        return table
-    linear = nn.Linear(source.in_features, source.out_features, source.bias is not None)
-    linear.weight.data = (source.weight.float() * source.scale).t().contiguous()
-    if source.bias is not None:
-        linear.bias.data = source.bias.clone()
-    return linear
+        made = nn.Embedding(source.num_embeddings, source.embedding_dim)
+    else:
+        made = nn.Linear(source.in_features, source.out_features, source.bias is not None)
+    made.weight.data = source.dequantize()
+    if getattr(source, "bias", None) is not None:
+        made.bias.data = source.bias.clone()
+    return made
 
 
 def _bytes(model: nn.Module) -> int:

@@ -94,7 +94,8 @@ class Signature:
         """Return valid random inputs: ids (batch, sequence), pixels (batch, channels, height, width).
 
         With `ragged`, rows have different lengths; they are padded on the right, and with a cache on
-        the left, as generation does. `past` positions are in the cache already, where there is one.
+        the left, as generation does; images are one more than texts. `past` positions are in the
+        cache already, where there is one.
         Raises `ConfigError` where that is more than the model has positions for.
         """
         total = past + sequence
@@ -123,7 +124,9 @@ class Signature:
             "decoder_sequence": sequence,
             "past_sequence": past,
             "total_sequence": total,
-            "encoder_sequence": (sequence + 1) // 2 + 3,
+            "encoder_sequence": min((sequence + 1) // 2 + 3, self.longest or 10**9),
+            "text_batch_size": batch,
+            "image_batch_size": batch + ragged,
         }
         masked = {name for item in self.inputs if item.kind == "mask" for _, name in item.axes}
         left = "total_sequence" in masked
@@ -149,7 +152,8 @@ class Signature:
                 types = (torch.arange(sequence) >= (sequence + 1) // 2).long() * (self.types > 1)
                 made[item.name] = types.expand(batch, -1) * real(sequence, False)
             elif item.kind in ("pixels", "hidden", "past"):
-                made[item.name] = torch.randn(shape, generator=random)
+                values = torch.randn(shape, generator=random)
+                made[item.name] = values.to(getattr(torch, item.dtype))
             elif item.kind == "flag":
                 made[item.name] = torch.tensor([past > 0])
             else:
@@ -207,6 +211,7 @@ def transformer_inputs(module: nn.Module, processor: Any) -> tuple[Input, ...]:
     """Return the inputs of a transformers model, from its forward and its tokenizer's names."""
     config: Any = module.config
     accepted = forward_names(module)
+    towers = has_towers(module)
     main = getattr(module, "main_input_name", "input_ids")
     if main not in _KNOWN:
         raise ModelError(
@@ -214,7 +219,13 @@ def transformer_inputs(module: nn.Module, processor: Any) -> tuple[Input, ...]:
             "hand it over as package.module:factory with example inputs"
         )
     names = [main]
-    if main == "input_ids":
+    if towers:
+        names = ["input_ids", "pixel_values"]
+        tokenizer = getattr(processor, "tokenizer", processor)
+        listed = getattr(tokenizer, "model_input_names", ["attention_mask"])
+        if "attention_mask" in accepted and "attention_mask" in listed:
+            names.append("attention_mask")  # some are trained on padding as if it were text
+    elif main == "input_ids":
         if "attention_mask" in accepted:
             names.append("attention_mask")
         listed = getattr(processor, "model_input_names", None)
@@ -235,10 +246,20 @@ def transformer_inputs(module: nn.Module, processor: Any) -> tuple[Input, ...]:
             vision = getattr(config, "vision_config", config)
             size = vision.image_size
             height, width = (size, size) if isinstance(size, int) else tuple(size)
-            shape = (2, vision.num_channels, height, width)
+            shape = (2, getattr(vision, "num_channels", 3), height, width)
+        if towers:
+            axes = axes | {0: "image_batch_size" if kind == "pixels" else "text_batch_size"}
         dtype = "float32" if kind == "pixels" else "int64"
         inputs.append(Input(name, kind, tuple(axes.items()), shape, dtype))
     return tuple(inputs)
+
+
+def has_towers(module: nn.Module) -> bool:
+    """Whether `module` compares texts with images, each embedded by a part of its own."""
+    config = getattr(module, "config", None)
+    return all(hasattr(config, name) for name in ("text_config", "vision_config")) and all(
+        hasattr(module, name) for name in ("get_text_features", "get_image_features")
+    )
 
 
 def transformer_signature(module: nn.Module, inner: nn.Module, processor: Any) -> Signature:
@@ -280,7 +301,8 @@ def positions_of(model: nn.Module) -> int | None:
 
 
 def _pad_id(config: Any, processor: Any) -> int:
-    for source in (processor, config):
+    tokenizer = getattr(processor, "tokenizer", processor)
+    for source in (tokenizer, config, getattr(config, "text_config", None)):
         pad = getattr(source, "pad_token_id", None)
         if isinstance(pad, int) and pad >= 0:
             return pad
@@ -294,6 +316,14 @@ def factory_signature(
 
     Where the factory gives no `axes`, the first axis of every input is the batch.
     """
+    for name, named in (axes or {}).items():
+        if name not in examples:
+            raise ModelError(f"axes are named for {name}, and the inputs are {', '.join(examples)}")
+        for axis in named:
+            if not 0 <= axis < examples[name].dim():
+                raise ModelError(
+                    f"{name} has {examples[name].dim()} axes, and axis {axis} is named"
+                )
     inputs = tuple(
         Input(
             name,

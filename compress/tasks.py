@@ -30,6 +30,12 @@ _ROWS = (
     Task("text-classification", "AutoModelForSequenceClassification", "class", "logits"),
     Task("token-classification", "AutoModelForTokenClassification", "none", "logits"),
     Task("question-answering", "AutoModelForQuestionAnswering", "none", "start_logits"),
+    Task(
+        "zero-shot-image-classification",
+        "AutoModelForZeroShotImageClassification",
+        "none",
+        "logits_per_image",
+    ),
     Task("image-classification", "AutoModelForImageClassification", "class", "logits"),
     Task("sentence-embedding", "AutoModel", "embedding", "sentence_embedding"),
     Task("feature-extraction", "AutoModel", "none", "last_hidden_state"),

@@ -4,7 +4,7 @@ The cache's length is taken from the attention mask, never from the cache: a run
 buffer with room for more, and the same graph appends to it in place.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from compress.checkpoint import Checkpoint
 from compress.signature import Input, forward_names
 from compress.wrapper import Wrapper
+
+KINDS = ("key", "value")
+PROBED = 2  # tokens: enough to tell a cache of keys and values by its length
+Shapes = list[tuple[tuple[int, int], ...]]  # (heads, width) of keys and of values, per layer
 
 
 @torch.library.custom_op("onnxpress::append", mutates_args=())
@@ -31,13 +35,15 @@ def _(past: Tensor, new: Tensor, mask: Tensor) -> Tensor:
     return new.new_empty((*new.shape[:2], mask.shape[1], new.shape[3]))
 
 
-class _Layer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer's keys and values, their length given by the mask."""
+class Layer(CacheLayerMixin):
+    """One layer's keys and values: how many positions there are, and how new ones join them."""
 
-    def __init__(self, keys: Tensor, values: Tensor, mask: Tensor, sequence: int) -> None:
+    def __init__(
+        self, keys: Tensor, values: Tensor, past: int, join: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
         super().__init__()
         self.keys, self.values = keys, values
-        self.mask, self.sequence = mask, sequence
+        self.past, self.join = past, join
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -46,18 +52,20 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append (batch, heads, sequence, width) and return all keys and values."""
-        self.keys = append(self.keys, key_states, self.mask)
-        self.values = append(self.values, value_states, self.mask)
+        """Join (batch, heads, sequence, width) to what is here and return all keys and values."""
+        assert self.keys is not None  # for mypy: the layer is made with its contents
+        assert self.values is not None
+        self.keys = self.join(self.keys, key_states)
+        self.values = self.join(self.values, value_states)
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
         """Return how many positions there were before this call."""
-        return self.mask.shape[1] - self.sequence
+        return self.past
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the length and offset of the keys."""
-        return self.mask.shape[1], 0
+        return self.past + query_length, 0
 
     def get_max_length(self) -> int:
         """Return −1: no limit."""
@@ -75,64 +83,71 @@ class CachedDecoder(Wrapper):
         """
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         past = [value for name, value in inputs.items() if name.startswith("past_key_values.")]
-        cache = Cache(
-            layers=[_Layer(k, v, mask, ids.shape[1]) for k, v in zip(past[::2], past[1::2])]
-        )
         own = {name: v for name, v in inputs.items() if not name.startswith("past_key_values.")}
-        result = self.backbone(**own, past_key_values=cache, use_cache=True)
-        outputs = {"logits": result.logits}
-        for index, layer in enumerate(cache.layers):
-            outputs[f"present.{index}.key"] = layer.keys
-            outputs[f"present.{index}.value"] = layer.values
-        return outputs
+        length = mask.shape[1] - ids.shape[1]
+        layers = [
+            Layer(keys, values, length, lambda past, new: append(past, new, mask))
+            for keys, values in zip(past[::2], past[1::2])
+        ]
+        result = self.backbone(**own, past_key_values=Cache(layers=[*layers]), use_cache=True)
+        return {"logits": result.logits, **contents("present.{}.{}", layers)}
 
 
-def with_cache(checkpoint: Checkpoint) -> Checkpoint | None:
-    """Return `checkpoint` as a decoder with cache, or None where its cache is not keys and values."""
-    shapes = _cache_shapes(checkpoint)
+def contents(name: str, layers: Sequence[Layer]) -> dict[str, Tensor]:
+    """Return the layers' keys and values by `name`, which has places for the layer and the kind."""
+    found = {}
+    for index, layer in enumerate(layers):
+        for kind, value in zip(KINDS, (layer.keys, layer.values)):
+            assert value is not None
+            found[name.format(index, kind)] = value
+    return found
+
+
+def past_input(name: str, shape: tuple[int, int], axis: str = "past_sequence") -> Input:
+    """Return the input of one layer's keys or values, (batch, heads, axis, width)."""
+    heads, width = shape
+    return Input(name, "past", ((0, "batch"), (2, axis)), (2, heads, 0, width), "float32")
+
+
+def with_cache(checkpoint: Checkpoint) -> dict[str, Checkpoint]:
+    """Return the decoder with cache; nothing where the model's cache is not keys and values."""
+    accepted = forward_names(checkpoint.backbone)
+    if not {"past_key_values", "attention_mask"} <= set(accepted):
+        return {}
+    shapes = layer_shapes(probe(checkpoint), PROBED)
     if not shapes:
-        return None
-    base = checkpoint.signature
+        return {}
     tokens = ((0, "batch"), (1, "sequence"))
     inputs = [
         Input("input_ids", "ids", tokens, (2, 16)),
         Input("attention_mask", "mask", ((0, "batch"), (1, "total_sequence")), (2, 16)),
     ]
-    if "position_ids" in forward_names(checkpoint.backbone):
+    if "position_ids" in accepted:
         inputs.append(Input("position_ids", "positions", tokens, (2, 16)))
+    outputs = ["logits"]
     for index, pair in enumerate(shapes):
-        for kind, (heads, width) in zip(("key", "value"), pair):
-            inputs.append(
-                Input(
-                    f"past_key_values.{index}.{kind}",
-                    "past",
-                    ((0, "batch"), (2, "past_sequence")),
-                    (2, heads, 0, width),
-                    "float32",
-                )
-            )
-    outputs = tuple(
-        f"present.{index}.{kind}" for index in range(len(shapes)) for kind in ("key", "value")
-    )
-    signature = replace(base, inputs=tuple(inputs), outputs=("logits", *outputs))
-    return replace(
-        checkpoint, module=CachedDecoder(checkpoint.backbone).eval(), signature=signature
-    )
+        for kind, shape in zip(KINDS, pair):
+            inputs.append(past_input(f"past_key_values.{index}.{kind}", shape))
+            outputs.append(f"present.{index}.{kind}")
+    signature = replace(checkpoint.signature, inputs=tuple(inputs), outputs=tuple(outputs))
+    module = CachedDecoder(checkpoint.backbone).eval()
+    return {"model": replace(checkpoint, module=module, signature=signature)}
 
 
-def _cache_shapes(checkpoint: Checkpoint) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Return (heads, width) of keys and of values per layer, as a run of the model shows them."""
-    accepted = forward_names(checkpoint.backbone)
-    if "past_key_values" not in accepted or "attention_mask" not in accepted:
-        return []
-    sample = checkpoint.signature.sample(batch=1, sequence=2)
+def probe(checkpoint: Checkpoint) -> Any:
+    """Return the cache that a run of the model on `PROBED` tokens leaves behind, or None."""
+    sample = checkpoint.signature.sample(batch=1, sequence=PROBED)
     with torch.no_grad():
-        cache = getattr(checkpoint.backbone(**sample, use_cache=True), "past_key_values", None)
-    layers = getattr(cache, "layers", [])
+        return getattr(checkpoint.backbone(**sample, use_cache=True), "past_key_values", None)
+
+
+def layer_shapes(cache: Any, length: int) -> Shapes:
+    """Return (heads, width) of keys and of values per layer; nothing where it holds anything else."""
     shapes = []
-    for layer in layers:
+    for layer in getattr(cache, "layers", []):
         pair = (getattr(layer, "keys", None), getattr(layer, "values", None))
-        if not all(isinstance(x, Tensor) and x.dim() == 4 and x.shape[2] == 2 for x in pair):
+        tensors = [x for x in pair if isinstance(x, Tensor) and x.dim() == 4]
+        if [x.shape[2] for x in tensors] != [length, length]:
             return []
-        shapes.append(tuple((int(x.shape[1]), int(x.shape[3])) for x in pair))
-    return shapes  # type: ignore[return-value]
+        shapes.append(tuple((int(x.shape[1]), int(x.shape[3])) for x in tensors))
+    return shapes

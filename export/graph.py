@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,11 @@ from calib_data.errors import ExportError
 from compress.checkpoint import Checkpoint
 from compress.config import StageConfig, one_of, require
 from compress.signature import Signature, named_outputs
+from export.cached_seq2seq import branch_on_cache_
+from export.decoding import IN_PLACE
 from export.passes import PASSES
+from export.precision import DTYPES
+from export.reasons import reason
 from export.translation import translations
 
 OPSETS = range(18, 25)
@@ -31,11 +36,18 @@ class ExportConfig(StageConfig):
 
     target: str = "cpu"  # portable: as traced; cpu, cuda: shaped for ONNX Runtime's provider
     opset: int = 23  # the first with an Attention operator
+    dtype: str = "fp32"  # of weights, float inputs and cache
 
     def __post_init__(self) -> None:
         one_of("--target", self.target, tuple(PASSES))
         require(
             self.opset in OPSETS, f"--opset must be {OPSETS[0]} to {OPSETS[-1]}, got {self.opset}"
+        )
+        one_of("--dtype", self.dtype, tuple(DTYPES))
+        require(
+            self.dtype == "fp32" or self.target != "cpu",
+            f"--dtype {self.dtype} does not fit --target cpu, whose provider computes in float32; "
+            "use --target cuda or portable",
         )
 
 
@@ -77,16 +89,18 @@ def build_graph(checkpoint: Checkpoint, config: ExportConfig) -> ir.Model:
                 input_names=list(signature.names),
                 output_names=list(signature.outputs),
                 dynamic_shapes=(axes,),
-                custom_translation_table=translations(),
+                custom_translation_table=translations(config.target),
                 verbose=False,
             )
     except Exception as error:  # torch.export and the translator raise many unrelated types
         raise ExportError(
-            f"{type(checkpoint.backbone).__name__} cannot be exported: {_reason(error)}"
+            f"{type(checkpoint.backbone).__name__} cannot be exported: {reason(checkpoint, error)}"
         ) from error
     model: ir.Model = program.model
     for apply_pass_ in PASSES[config.target]:
         apply_pass_(model)
+    branch_on_cache_(model)
+    _alias_(model, "token_embeddings", "last_hidden_state")
     _tidy_(model, signature)
     return model
 
@@ -105,15 +119,57 @@ def _tidy_(model: ir.Model, signature: Signature) -> None:
     for node, scope in scopes.items():
         if scope:
             node.metadata_props[MODULE] = scope
-    by_name = {item.name: dict(item.axes) for item in signature.inputs}
     for value in model.graph.inputs:
         value.metadata_props.clear()
-        axes = by_name[str(value.name)]
+    _name_axes_(model, signature)
+    if signature.has_past and _appends_in_place(model):
+        model.metadata_props[IN_PLACE] = "past and present may share a buffer with room for more"
+    model.producer_name, model.producer_version = "onnxpress", None
+
+
+def _name_axes_(model: ir.Model, signature: Signature) -> None:
+    """Call the inputs' axes what the signature calls them, and the outputs' after the inputs'.
+
+    Clients that make room for the outputs beforehand read their sizes from these names.
+    """
+    by_name = {item.name: dict(item.axes) for item in signature.inputs}
+    names: dict[str, str] = {}
+    for value in model.graph.inputs:
+        if value.shape is not None:
+            axes = by_name[str(value.name)]
+            for index, axis in axes.items():
+                names.setdefault(str(value.shape[index]), axis)
+            value.shape = ir.Shape([axes.get(i, size) for i, size in enumerate(value.shape)])
+    for value in model.graph.outputs:
         if value.shape is not None:
             value.shape = ir.Shape(
-                [axes.get(i, size) for i, size in enumerate(value.shape)]
+                [
+                    size if isinstance(size, int) or size.value is None
+                    else re.sub(r"\w+", lambda found: names.get(found[0], found[0]), size.value)
+                    for size in value.shape
+                ]
             )  # fmt: skip
-    model.producer_name, model.producer_version = "onnxpress", None
+
+
+def _alias_(model: ir.Model, name: str, other: str) -> None:
+    """Give the output `name` a second name, where there is one: clients differ in what they ask for.
+
+    sentence-transformers' own graphs say `token_embeddings`, optimum's client wants the other.
+    """
+    outputs = {value.name: value for value in model.graph.outputs}
+    if name in outputs and other not in outputs:
+        node = ir.node("Identity", [outputs[name]])
+        node.outputs[0].name = other
+        node.outputs[0].shape, node.outputs[0].type = outputs[name].shape, outputs[name].type
+        model.graph.append(node)
+        model.graph.outputs.append(node.outputs[0])
+
+
+def _appends_in_place(model: ir.Model) -> bool:
+    """Whether every cache input goes straight into an operator that appends to it."""
+    past = [v for v in model.graph.inputs if str(v.name).startswith("past_key_values.")]
+    users = [[use.node.op_type for use in value.uses()] for value in past]
+    return all(names == ["GroupQueryAttention"] for names in users)
 
 
 def _module_of(node: ir.Node) -> str:
@@ -122,14 +178,6 @@ def _module_of(node: ir.Node) -> str:
     names = scopes.strip("[]").replace("'", "").split(", ")[:-1]
     inside = [name for name in names if name.startswith("module.")]  # of the wrapper's one child
     return inside[-1].removeprefix("module.") if inside else ""
-
-
-def _reason(error: BaseException) -> str:
-    """Return the line of an export error that says what went wrong."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
 
 
 @contextlib.contextmanager

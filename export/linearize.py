@@ -1,39 +1,127 @@
-"""Take the run-time rounding out of an int8 graph, so that its weights can be checked exactly."""
+"""Take the run-time rounding out of a quantized graph, so that its weights can be checked exactly.
 
+The weights and scales stay the graph's own, so a change in one of them shows, where the rounding of
+activations would have covered it.
+"""
+
+from pathlib import Path
+
+import numpy as np
 import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import NameFixPass
+
+from compress.weight_only import dequantize_blocks
+
+
+def linearized(model: Path, folder: Path) -> Path:
+    """Write the graph in `model` without its run-time rounding into `folder`; return its path."""
+    graph = ir.load(model)
+    linearize_(graph)
+    NameFixPass()(graph)  # new values in a branch are named without regard to those outside
+    path = folder / f"{model.stem}.linear.onnx"
+    ir.save(graph, path, external_data=f"{path.name}.data")
+    return path
 
 
 def linearize_(model: ir.Model) -> int:
-    """Replace each dynamically quantized product by a float one on the same weights; return how many.
-
-    DynamicQuantizeLinear → MatMulInteger → Cast → Mul(·, x_scale × scale) becomes
-    MatMul(x, Cast(weight) × scale). The weights and scales are the graph's own, so a change in one
-    of them shows, where rounding of activations would have covered it.
-    """
+    """Replace each product on quantized weights by a float one on the same weights; return how many."""
     count = 0
-    for node in list(model.graph):
-        if node.op_type != "MatMulInteger":
-            continue
-        quantize = _producer(node, 0, "DynamicQuantizeLinear")
-        cast = _only_user(node, "Cast")
-        rescale = _only_user(cast, "Mul")
-        if quantize is None or cast is None or rescale is None:
-            continue
-        scales = next((v for v in rescale.inputs if v is not cast.outputs[0]), None)
-        product = scales.producer() if scales is not None else None
-        if product is None or product.op_type != "Mul":
-            continue
-        weight_scale = next((v for v in product.inputs if v is not quantize.outputs[1]), None)
-        to_float = ir.node("Cast", [node.inputs[1]], attributes={"to": ir.DataType.FLOAT})
-        weight = ir.node("Mul", [to_float.outputs[0], weight_scale])
-        plain = ir.node("MatMul", [quantize.inputs[0], weight.outputs[0]])
-        model.graph.insert_before(node, [to_float, weight, plain])
-        old, new = rescale.outputs[0], plain.outputs[0]
-        name = old.name
-        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-        old.name, new.name = f"{name}_rounded", name  # an output is asked for by its name
-        count += 1
+    for node in list(model.graph.all_nodes()):
+        if node.op_type == "MatMulInteger":
+            count += _integer_product_(node)
+        elif node.op_type == "MatMulNBits":
+            count += _blockwise_product_(model, node)
+        elif node.op_type == "DequantizeLinear" and "block_size" in node.attributes:
+            count += _blockwise_weight_(model, node)
     return count
+
+
+def _integer_product_(node: ir.Node) -> bool:
+    """Make DynamicQuantizeLinear → MatMulInteger → Cast → Mul(·, x_scale × scale) a MatMul.
+
+    Whatever uses another zero point or scale than the one computed is left as it is, rounding
+    included, which the float rule does not let pass.
+    """
+    quantize = _producer(node, 0, "DynamicQuantizeLinear")
+    cast = _only_user(node, "Cast")
+    rescale = _only_user(cast, "Mul")
+    if quantize is None or cast is None or rescale is None:
+        return False
+    zero_point = node.inputs[2] if len(node.inputs) > 2 else None
+    scales = next((v for v in rescale.inputs if v is not cast.outputs[0]), None)
+    product = scales.producer() if scales is not None else None
+    if zero_point is not quantize.outputs[2] or product is None or product.op_type != "Mul":
+        return False
+    if quantize.outputs[1] not in product.inputs:
+        return False
+    weight_scale = next((v for v in product.inputs if v is not quantize.outputs[1]), None)
+    made = [_to_float(node.inputs[1])]
+    if len(node.inputs) > 3 and node.inputs[3] is not None:
+        zero = _to_float(node.inputs[3])
+        made += [zero, ir.node("Sub", [made[0].outputs[0], zero.outputs[0]])]
+    made.append(ir.node("Mul", [made[-1].outputs[0], weight_scale]))
+    made.append(ir.node("MatMul", [quantize.inputs[0], made[-1].outputs[0]]))
+    _replace_(node, made, rescale.outputs[0])
+    return True
+
+
+def _to_float(value: ir.Value | None) -> ir.Node:
+    return ir.node("Cast", [value], attributes={"to": ir.DataType.FLOAT})
+
+
+def _blockwise_product_(model: ir.Model, node: ir.Node) -> bool:
+    """Make MatMulNBits a MatMul on what its blocks stand for, and an Add of its bias."""
+    stored = [value.const_value if value is not None else None for value in node.inputs[1:4]]
+    sizes = [node.attributes.get_int(name, 0) for name in ("bits", "block_size", "K")]
+    if len(node.inputs) < 4 or any(tensor is None for tensor in stored):
+        return False
+    tensors = [torch.from_numpy(t.numpy().copy()) for t in stored if t is not None]
+    outputs, blocks = node.attributes.get_int("N", 0), -(-sizes[2] // sizes[1])
+    packed, scale, zeros = tensors[0], tensors[1], tensors[2].reshape(outputs, -1)
+    matrix = dequantize_blocks(packed, scale.reshape(outputs, blocks), zeros, *sizes)
+    weight = _float_weight(model, node, matrix.t().contiguous().numpy())
+    made = [ir.node("MatMul", [node.inputs[0], weight])]
+    if len(node.inputs) > 5 and node.inputs[5] is not None:
+        made.append(ir.node("Add", [made[0].outputs[0], node.inputs[5]]))
+    _replace_(node, made, node.outputs[0])
+    return True
+
+
+def _blockwise_weight_(model: ir.Model, node: ir.Node) -> bool:
+    """DequantizeLinear → the weight: ONNX Runtime makes a rounding `MatMulNBits` of it otherwise."""
+    stored = [value.const_value if value is not None else None for value in node.inputs]
+    if len(stored) < 3 or any(tensor is None for tensor in stored):
+        return False
+    axis, size = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
+    values, scale, zeros = (t.numpy().astype(np.float32) for t in stored if t is not None)
+    spread = [
+        np.repeat(a, size, axis).take(range(values.shape[axis]), axis) for a in (scale, zeros)
+    ]
+    made = ((values - spread[1]) * spread[0]).astype(stored[1].numpy().dtype)  # type: ignore[union-attr]
+    weight = _float_weight(model, node, made)
+    ir.convenience.replace_all_uses_with(node.outputs[0], weight)
+    return True
+
+
+def _float_weight(model: ir.Model, node: ir.Node, array: np.ndarray) -> ir.Value:
+    """Return a new initializer that holds `array` for `node`."""
+    weight = ir.val(f"{node.outputs[0].name}.weight")
+    weight.const_value = ir.tensor(array, name=weight.name)
+    model.graph.initializers[str(weight.name)] = weight
+    return weight
+
+
+def _replace_(node: ir.Node, made: list[ir.Node], old: ir.Value) -> None:
+    """Put `made` before `node`, and the last result in the place of `old`."""
+    for item in made:
+        item.metadata_props.update(node.metadata_props)
+    graph = node.graph
+    assert graph is not None
+    graph.insert_before(node, made)
+    new, name = made[-1].outputs[0], old.name
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    old.name, new.name = f"{name}_rounded", name  # an output is asked for by its name
 
 
 def _producer(node: ir.Node, index: int, kind: str) -> ir.Node | None:

@@ -1,7 +1,7 @@
-"""Where a graph first disagrees with its source: module by module, in the order they run."""
+"""Where a graph first disagrees with its source: from the whole model down to one module."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,12 @@ from torch import Tensor, nn
 from compress.checkpoint import Checkpoint
 from compress.signature import named_outputs
 from export.graph import MODULE
-from export.sessions import open_session, run
+from export.sessions import open_session
 from export.tolerance import allowed_errors, errors
+
+Calls = list[
+    tuple[str, list[np.ndarray]]
+]  # (module, its outputs), in the order in which they finish
 
 
 def first_divergence(
@@ -23,65 +27,171 @@ def first_divergence(
     model: Path,
     case: Mapping[str, Tensor],
     factor: float,
+    dtype: torch.dtype = torch.float32,
 ) -> str | None:
-    """Return the first module whose output in the graph is off, with its operator and statistics.
+    """Return the innermost module whose output in the graph is off, with operator and statistics.
 
-    Each module's output, hooked in float64 and float32, is held against the last value that the
-    graph computes inside that module; the same rule as the gate's decides. None where no module's
-    output can be told apart in the graph.
+    From the whole model downwards: of the modules called inside the last one found, the first whose
+    output is off is looked into next. A module's outputs, hooked in float64 and in the model's own
+    precision, are held against the values that leave it in the graph, under the gate's own rule;
+    where none has their size, the modules inside it stand for it. What the graph fused away is seen
+    only if the module around it is off. None where no module can be told to be off.
     """
     graph = ir.load(model)
-    last: dict[str, ir.Node] = {}
+    exits = _exits(graph)
+    names = (name for name, _ in _calls(checkpoint.module, case, None))
+    called = [name for name in dict.fromkeys(names) if name in exits]
+    mask = _mask(checkpoint, case)
+    with tempfile.TemporaryDirectory() as folder:
+        session = _probed(graph, exits, Path(folder))
+        feed = {i.name: case[i.name].numpy() for i in session.get_inputs() if i.name in case}
+        scope, found = "", None
+        while inside := set(_inside(called, scope)):
+            asked = list(dict.fromkeys(v.name for name in inside for v in exits[name]))
+            values = dict(zip(asked, session.run(asked, feed)))
+            exact, own = (_calls(m, case, inside) for m in (double, checkpoint.module))
+            candidates = {name: [(v, values[v.name]) for v in exits[name]] for name in inside}
+            seen = {n for n, listed in exact if any(_comparable(candidates[n], y) for y in listed)}
+            if seen < inside:
+                called = [name for name in called if name not in inside - seen]
+                continue
+            told = (
+                (name, _off(candidates[name], y, rounded, mask, factor, dtype))
+                for (name, listed), (_, roundeds) in zip(exact, own)
+                for y, rounded in zip(listed, roundeds)
+            )
+            first = next(((name, off) for name, off in told if off is not None), None)
+            if first is None:
+                break
+            scope, (operator, statistics) = first
+            found = f"{scope.removeprefix('backbone.')} ({operator}): {statistics}"
+        return found
+
+
+def _exits(graph: ir.Model) -> dict[str, list[ir.Value]]:
+    """Return, for each module, the values made inside it that are used outside, or are outputs."""
+    exits: dict[str, list[ir.Value]] = {}
     for node in graph.graph:
         scope = node.metadata_props.get(MODULE, "")
         while scope:
-            last[scope] = node
+            for value in node.outputs:
+                users = [use.node.metadata_props.get(MODULE, "") for use in value.uses()]
+                outside = [user for user in users if not f"{user}.".startswith(f"{scope}.")]
+                if outside or value.is_graph_output():
+                    exits.setdefault(scope, []).append(value)
             scope = scope.rpartition(".")[0]
-    exact, own = (_hooked(m, case) for m in (double, checkpoint.module))
-    names = [name for name in exact if name in last and name in own]
-    values = {name: last[name].outputs[0] for name in names}
-    known = {value.name for value in graph.graph.outputs}
-    for value in dict.fromkeys(values.values()):
-        if value.name not in known:
-            value.dtype = value.dtype or ir.DataType.FLOAT
-            graph.graph.outputs.append(value)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "probed.onnx"
-        ir.save(graph, path, external_data="probed.onnx.data")
-        found = run(open_session(path, optimize=False), case)
-    for name in names:
-        array = found[str(values[name].name)]
-        if array.shape != exact[name].shape:
-            continue  # a module whose result the graph holds in another layout
-        error, allowed = errors(array, exact[name]), allowed_errors(exact[name], own[name], factor)
-        if error[0] > allowed[0] or error[1] > allowed[1]:
-            return (
-                f"{name} ({last[name].op_type}): graph mean {array.mean():.4g}, spread "
-                f"{array.std():.4g}; source mean {exact[name].mean():.4g}, spread "
-                f"{exact[name].std():.4g}"
-            )
-    return None
+    return exits
 
 
-def _hooked(module: nn.Module, case: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """Return each submodule's tensor output by name, in the order in which they finish."""
-    outputs: dict[str, np.ndarray] = {}
+def _probed(graph: ir.Model, exits: Mapping[str, list[ir.Value]], folder: Path) -> Any:
+    """Return a session in which all those values can be asked for."""
+    known = set(graph.graph.outputs)
+    values = dict.fromkeys(value for listed in exits.values() for value in listed)
+    graph.graph.outputs.extend(value for value in values if value not in known)
+    ir.save(graph, folder / "probed.onnx", external_data="probed.onnx.data")
+    return open_session(folder / "probed.onnx", optimize=False)
+
+
+def _inside(called: list[str], scope: str) -> Iterator[str]:
+    """Yield the modules called directly inside `scope`, not inside another one there."""
+    inner = {name for name in called if name.startswith(f"{scope}.") or not scope}
+    for name in inner:
+        if not any(name[:i] in inner for i, letter in enumerate(name) if letter == "."):
+            yield name
+
+
+def _mask(checkpoint: Checkpoint, case: Mapping[str, Tensor]) -> np.ndarray | None:
+    """Return which (batch, sequence) tokens are real, where the model takes a mask over them."""
+    ids, mask = case.get("input_ids"), case.get("attention_mask")
+    if ids is None or mask is None:
+        return None
+    return mask.bool().numpy()[:, -ids.shape[1] :]
+
+
+def _comparable(candidates: list[tuple[ir.Value, np.ndarray]], y: np.ndarray) -> bool:
+    return any(True for _, array in candidates for _ in _layouts(array, y.shape))
+
+
+def _off(
+    candidates: list[tuple[ir.Value, np.ndarray]],
+    y: np.ndarray,
+    own: np.ndarray,
+    mask: np.ndarray | None,
+    factor: float,
+    dtype: torch.dtype,
+) -> tuple[str, str] | None:
+    """Return the operator and both statistics of the nearest candidate, if none agrees with y."""
+    nearest: tuple[float, str, str] | None = None
+    y_real, own_real = _real(y, mask), _real(own, mask)
+    rms, largest = allowed_errors(y_real, own_real, factor, dtype)
+    for value, array in candidates:
+        for layout in _layouts(array, y.shape):
+            real = _real(layout, mask)
+            error = errors(real, y_real)
+            if error[0] <= rms and error[1] <= largest:
+                return None
+            if nearest is None or error[0] < nearest[0]:
+                node = value.producer()
+                told = (
+                    f"graph mean {real.mean():.4g}, spread {real.std():.4g}; "
+                    f"source mean {y_real.mean():.4g}, spread {y_real.std():.4g}"
+                )
+                nearest = error[0], node.op_type if node else "input", told
+    return nearest[1:] if nearest else None
+
+
+def _layouts(array: np.ndarray, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """Yield `array` as a graph and a module may lay out the same numbers, in the module's shape."""
+    if array.size != int(np.prod(shape)) or not np.issubdtype(array.dtype, np.floating):
+        return
+    yield array.reshape(shape)
+    if array.ndim == 4:  # (batch, heads, sequence, width) for (batch, sequence, heads × width)
+        yield array.swapaxes(1, 2).reshape(shape)
+    if len(shape) == 4:
+        swapped = (shape[0], shape[2], shape[1], shape[3])
+        yield array.reshape(swapped).swapaxes(1, 2)
+
+
+def _real(array: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    """Return what belongs to real tokens, where the array has a token axis."""
+    if mask is not None and array.ndim > 2 and array.shape[:2] == mask.shape:
+        return array[mask]
+    if mask is not None and array.ndim == 4 and (array.shape[0], array.shape[2]) == mask.shape:
+        return array.swapaxes(1, 2)[mask]
+    return array
+
+
+def _calls(module: nn.Module, case: Mapping[str, Tensor], names: set[str] | None) -> Calls:
+    """Return the tensors that each call to the named submodules gave; without names, only the calls."""
+    calls: Calls = []
 
     def hook(name: str) -> Any:
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            first = output[0] if isinstance(output, tuple) and output else output
-            if isinstance(first, Tensor):
-                outputs.setdefault(name, first.numpy())
+            listed = output.values() if isinstance(output, Mapping) else output
+            listed = [listed] if isinstance(listed, Tensor) else list(listed or ())
+            tensors = [value for value in listed if isinstance(value, Tensor)]
+            if names is None:
+                tensors = []
+            calls.append((name, [_kept(value) for value in tensors]))
 
         return keep
 
-    handles = [m.register_forward_hook(hook(n)) for n, m in module.named_modules() if n]
-    double = next((p.dtype for p in module.parameters()), torch.float32) == torch.float64
-    inputs = {k: v.double() if double and v.is_floating_point() else v for k, v in case.items()}
+    handles = [
+        m.register_forward_hook(hook(n))
+        for n, m in module.named_modules()
+        if n and (names is None or n in names)
+    ]
+    kind = next((p.dtype for p in module.parameters()), torch.float32)
+    inputs = {k: v.to(kind) if v.is_floating_point() else v for k, v in case.items()}
     try:
         with torch.inference_mode():
             named_outputs(module, inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return outputs
+    return calls
+
+
+def _kept(value: Tensor) -> np.ndarray:
+    array: np.ndarray = (value if value.dtype == torch.float64 else value.float()).numpy().copy()
+    return array

@@ -1,13 +1,18 @@
-"""The export stage: build the graph, pass the gate, publish; or keep the report and publish nothing."""
+"""The export stage: build the graphs, pass the gate, publish; or keep the report and publish nothing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import onnx_ir as ir
+
+from calib_data.errors import ConfigError, ModelError
 from compress.checkpoint import Checkpoint
 from compress.files import destination_errors, staged_directory, write_json
 from export.bundle import OnnxBundle, open_bundle, write_bundle
 from export.graph import ExportConfig, build_graph
-from export.parity import ParityReport, check_parity
+from export.parity import ParityReport, check_graphs
+from export.parts import parts
+from export.precision import in_precision
 
 
 def export_onnx(
@@ -21,15 +26,25 @@ def export_onnx(
 ) -> tuple[OnnxBundle, ParityReport]:
     """Write `checkpoint` as a bundle at `destination` and return it with the gate's report.
 
-    Raises `ParityError` where the graph disagrees with the checkpoint: nothing is published then,
+    Raises `ParityError` where a graph disagrees with the checkpoint: nothing is published then,
     and the report is kept beside the destination as `NAME.parity.json`.
     """
+    if config.dtype == "bf16" and provider == "cpu":
+        raise ConfigError(
+            "a bf16 graph cannot be checked on the CPU provider, which has no such operators; "
+            "pass --provider cuda, or use --dtype fp16"
+        )
+    source = in_precision(checkpoint, config.dtype)
     kept = destination.parent / f"{destination.name}.parity.json"
+
+    def built() -> Iterator[tuple[str, Checkpoint, ir.Model]]:
+        for name, part in parts(source).items():
+            yield name, part, build_graph(part, config)
+            progress()
+
     with staged_directory(destination, overwrite) as staging:
-        model = build_graph(checkpoint, config)
-        progress()
-        bundle = write_bundle(model, checkpoint, config.to_json(), staging)
-        report = check_parity(checkpoint, bundle.model_path, provider, progress)
+        bundle = write_bundle(built(), checkpoint, config.to_json(), staging)
+        report = check_bundle(checkpoint, bundle, provider, progress)
         write_json(staging / "parity.json", report.to_json())
         if not report.passed:
             with destination_errors(kept):
@@ -37,3 +52,24 @@ def export_onnx(
         report.raise_if_failed()
     kept.unlink(missing_ok=True)
     return open_bundle(destination), report
+
+
+def check_bundle(
+    checkpoint: Checkpoint,
+    bundle: OnnxBundle,
+    provider: str = "cpu",
+    progress: Callable[[], None] = lambda: None,
+) -> ParityReport:
+    """Return the gate's report on all graphs of `bundle` against `checkpoint`.
+
+    Raises `ModelError` where its files were changed, or are not what the checkpoint becomes.
+    """
+    bundle.verify()
+    source = in_precision(checkpoint, str(bundle.manifest["settings"]["dtype"]))
+    made = parts(source)
+    if set(made) != set(bundle.graphs):
+        raise ModelError(
+            f"{bundle.path} holds {', '.join(bundle.graphs)}; the model becomes {', '.join(made)}"
+        )
+    graphs = {name: (made[name], graph.path) for name, graph in bundle.graphs.items()}
+    return check_graphs(source, graphs, provider, progress)

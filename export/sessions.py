@@ -63,14 +63,20 @@ def run(session: ort.InferenceSession, inputs: Mapping[str, Any]) -> dict[str, n
 
     A decoder's cache may be left out, which is an empty one, and so may its positions.
     """
+    names = [item.name for item in session.get_outputs()]
+    return dict(zip(names, session.run(names, complete_feed(session, inputs))))
+
+
+def complete_feed(
+    session: ort.InferenceSession, inputs: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """Return the entries of `inputs` that the session takes, with an empty cache where it has none."""
     feed = {
-        item.name: np.asarray(inputs[item.name])
+        item.name: np.asarray(inputs[item.name], order="C")
         for item in session.get_inputs()
         if item.name in inputs
     }
-    feed |= _start(session, feed)
-    names = [item.name for item in session.get_outputs()]
-    return dict(zip(names, session.run(names, feed)))
+    return feed | _start(session, feed)
 
 
 def positions_from(mask: np.ndarray, sequence: int) -> np.ndarray:
@@ -91,6 +97,8 @@ def _start(session: ort.InferenceSession, feed: Mapping[str, np.ndarray]) -> dic
         if item.name == "position_ids":
             ids, mask = feed["input_ids"], feed["attention_mask"]
             made[item.name] = positions_from(mask, ids.shape[1])
+        elif item.name == "use_cache_branch":
+            made[item.name] = np.array([False])
         elif item.name.startswith("past_key_values."):
             _, heads, _, width = item.shape
             kind = np.float16 if item.type == "tensor(float16)" else np.float32

@@ -185,8 +185,14 @@ def export_model(
         "stage": "export",
         "path": str(out),
         "bytes": bundle.size_bytes,
-        "inputs": list(bundle.signature.names),
-        "outputs": list(bundle.signature.outputs),
+        "graphs": {
+            name: {
+                "bytes": graph.size_bytes,
+                "inputs": list(graph.signature.names),
+                "outputs": list(graph.signature.outputs),
+            }
+            for name, graph in bundle.graphs.items()
+        },
         "parity": {"passed": report.passed, "checks": len(report.checks), "worst": vars(worst)},
     }
 

@@ -2,7 +2,8 @@
 
 import onnx_ir as ir
 
-from export.passes.heads import flat, merged, remove_merge_
+from export.passes.heads import flat, merged, replace_merged_
+from export.passes.nodes import dims, remove_unused_
 
 
 def flat_attention_(model: ir.Model) -> int:
@@ -15,22 +16,20 @@ def flat_attention_(model: ir.Model) -> int:
     for node in list(model.graph):
         if node.op_type != "Attention" or node.domain or len(node.outputs) != 1:
             continue
-        result = merged(node)
-        heads = [
-            v.shape[1] if v is not None and v.shape is not None else None for v in node.inputs[:3]
-        ]
-        if result is None or not all(isinstance(h, int) for h in heads):
+        output = node.outputs[0]
+        result = merged(output)
+        sizes = [dims(value) for value in node.inputs[:3]]
+        heads = [size[1] for size in sizes if size is not None and len(size) == 4]
+        if result is None or len(heads) != 3 or not all(isinstance(h, int) for h in heads):
             continue
-        sides = [flat(model, value, node) for value in node.inputs[:3] if value is not None]
-        if len(sides) != 3 or any(side is None for side in sides):
+        sides = [flat(value, node) for value in node.inputs[:3]]
+        if any(side is None for side in sides):
             continue
         for index, side in enumerate(sides):
             node.replace_input_with(index, side)
-        for name, size in (("q_num_heads", heads[0]), ("kv_num_heads", heads[1])):
-            node.attributes[name] = ir.AttrInt64(name, size)  # type: ignore[arg-type]
-        output = node.outputs[0]
-        output.shape = result.shape
-        ir.convenience.replace_all_uses_with(result, output)
-        remove_merge_(model, result)
+        for name, number in zip(("q_num_heads", "kv_num_heads"), heads):
+            node.attributes[name] = ir.AttrInt64(name, int(number))  # type: ignore[arg-type]
+        replace_merged_(output, result, output)
         count += 1
+    remove_unused_(model)
     return count

@@ -3,6 +3,7 @@
 import onnx_ir as ir
 
 from export.passes.heads import ungrouped
+from export.passes.nodes import remove_unused_
 
 
 def grouped_heads_(model: ir.Model) -> int:
@@ -20,4 +21,5 @@ def grouped_heads_(model: ir.Model) -> int:
         for index, value in enumerate(shared, start=1):
             node.replace_input_with(index, value)
         count += 1
+    remove_unused_(model)
     return count

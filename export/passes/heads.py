@@ -6,111 +6,119 @@ behind one of shape (batch, heads, sequence, width), and `merged` the one that s
 
 import onnx_ir as ir
 
+from export.passes.nodes import constant, dims, insert, integers, known, only_user, producer, rank
 
-def flat(model: ir.Model, value: ir.Value, before: ir.Node) -> ir.Value | None:
+_SWAP = [0, 2, 1, 3]
+
+
+def flat(value: ir.Value | None, before: ir.Node) -> ir.Value | None:
     """Return the 3-D value whose heads are split in `value`, new nodes inserted before `before`.
 
     None where the heads do not come from a Transpose, with or without a rotary embedding after it.
     """
-    node = value.producer()
+    node = producer(value, "Transpose", "RotaryEmbedding", "Concat")
     if node is None:
         return None
-    if swaps_heads(node) and node.inputs[0] is not None:
-        return _flat_before(model, node.inputs[0], before)
+    if swaps_heads(node):
+        return _flat_before(node.inputs[0], before)
     rotary = _rotary(node)
     if rotary is None:
         return None
     source, embedding, width = rotary
-    heads = source.shape[1] if source.shape is not None else None
-    inner = flat(model, source, before)
-    if inner is None or not isinstance(heads, int):
+    inner = flat(source, before)
+    heads = dims(source)
+    if inner is None or heads is None or not isinstance(heads[1], int):
         return None
-    attributes = dict(embedding.attributes) | {"num_heads": ir.AttrInt64("num_heads", heads)}
+    attributes = {name: attribute.value for name, attribute in embedding.attributes.items()}
+    attributes["num_heads"] = heads[1]
     if width:
-        attributes["rotary_embedding_dim"] = ir.AttrInt64("rotary_embedding_dim", width)
-    made = ir.node("RotaryEmbedding", [inner, *embedding.inputs[1:]], dict(attributes))
-    made.metadata_props.update(embedding.metadata_props)
-    made.outputs[0].dtype, made.outputs[0].shape = inner.dtype, inner.shape
-    model.graph.insert_before(before, made)
-    return made.outputs[0]
+        attributes["rotary_embedding_dim"] = width
+    made = insert(before, "RotaryEmbedding", [inner, *embedding.inputs[1:]], attributes, like=inner)
+    source_node = made.producer()
+    assert source_node is not None
+    source_node.metadata_props.update(embedding.metadata_props)
+    return made
 
 
-def merged(node: ir.Node) -> ir.Value | None:
-    """Return the 3-D value that the 4-D result of `node` becomes, if that is its only use."""
-    users = [use.node for use in node.outputs[0].uses()]
-    if len(users) != 1 or not swaps_heads(users[0]):
+def merged(value: ir.Value) -> ir.Value | None:
+    """Return the 3-D value that the 4-D `value` becomes, if that is its only use."""
+    swap = only_user(value, "Transpose")
+    if swap is None or not swaps_heads(swap):
         return None
-    users = [use.node for use in users[0].outputs[0].uses()]
-    if len(users) != 1 or users[0].op_type != "Reshape":
+    reshape = only_user(swap.outputs[0], "Reshape")
+    if reshape is None or reshape.outputs[0].is_graph_output():  # which keeps its name
         return None
-    value = users[0].outputs[0]
-    if value.is_graph_output():  # which keeps its name
-        return None
-    return value if value.shape is not None and len(value.shape) == 3 else None
+    return reshape.outputs[0] if rank(reshape.outputs[0]) == 3 else None
 
 
-def remove_merge_(model: ir.Model, value: ir.Value) -> None:
-    """Remove the Reshape that gave `value` and the Transpose before it: nothing needs them now."""
-    reshape = value.producer()
-    source = reshape.inputs[0] if reshape is not None else None
-    transpose = source.producer() if source is not None else None
-    if reshape is not None and transpose is not None:
-        model.graph.remove([reshape, transpose], safe=True)
+def replace_merged_(old: ir.Value, merge: ir.Value, new: ir.Value) -> None:
+    """Let the 3-D `new` stand for `merge`, which the 4-D `old` became; drop what merged it."""
+    new.shape, new.type = merge.shape, merge.type
+    ir.convenience.replace_all_uses_with(merge, new)
+    reshape = merge.producer()
+    swap = only_user(old)
+    if reshape is not None and swap is not None and reshape.graph is not None:
+        reshape.graph.remove([reshape, swap], safe=True)
 
 
 def ungrouped(value: ir.Value | None) -> ir.Value | None:
-    """Return what grouped queries share, before it is repeated for each: Unsqueeze → Expand → Reshape."""
+    """Return what grouped queries share, before Unsqueeze → Expand → Reshape repeats it for each.
+
+    That is `value` itself where nothing is repeated.
+    """
     found = value
     for kind in ("Reshape", "Expand", "Unsqueeze"):
-        node = found.producer() if found is not None else None
-        if node is None or node.op_type != kind:
+        node = producer(found, kind)
+        if node is None:
             return value
+        if kind == "Unsqueeze":  # each head is repeated in its place, as the operators do it
+            axes = known(node.inputs[1])
+            if axes is None or axes.tolist() != [2]:
+                return value
         found = node.inputs[0]
-    four = found is not None and found.shape is not None and len(found.shape) == 4
-    return found if four else value
+    return found if rank(found) == 4 else value
 
 
 def swaps_heads(node: ir.Node) -> bool:
     """Whether `node` exchanges the second and third of four axes."""
-    order = node.attributes.get("perm")
-    return node.op_type == "Transpose" and order is not None and list(order.value) == [0, 2, 1, 3]
+    return node.op_type == "Transpose" and integers(node, "perm") == _SWAP
 
 
-def _flat_before(model: ir.Model, split: ir.Value, before: ir.Node) -> ir.Value | None:
+def _flat_before(split: ir.Value | None, before: ir.Node) -> ir.Value | None:
     """Return the 3-D value behind `split` (batch, sequence, heads, width), reshaped anew if need be."""
-    if split.shape is None or len(split.shape) != 4:
+    sizes = dims(split)
+    if split is None or sizes is None or len(sizes) != 4:
         return None
-    heads, width = split.shape[2], split.shape[3]
+    batch, sequence, heads, width = sizes
     if not isinstance(heads, int) or not isinstance(width, int):
         return None
-    reshape = split.producer()
-    source = reshape.inputs[0] if reshape is not None and reshape.op_type == "Reshape" else None
-    if source is not None and source.shape is not None and len(source.shape) == 3:
-        if source.shape[2] == heads * width:
-            return source
-    size = ir.tensor([0, 0, heads * width], dtype=ir.DataType.INT64)
-    shape = ir.node("Constant", [], {"value": size})
-    again = ir.node("Reshape", [split, shape.outputs[0]])
-    again.outputs[0].dtype = split.dtype
-    again.outputs[0].shape = ir.Shape([split.shape[0], split.shape[1], heads * width])
-    model.graph.insert_before(before, [shape, again])
-    return again.outputs[0]
+    whole = (batch, sequence, heads * width)
+    reshape = producer(split, "Reshape")
+    if reshape is not None and dims(reshape.inputs[0]) == whole:
+        return reshape.inputs[0]
+    target = constant(before, [0, 0, heads * width])
+    return insert(before, "Reshape", [split, target], like=split, shape=whole)
 
 
 def _rotary(node: ir.Node) -> tuple[ir.Value, ir.Node, int] | None:
     """Return (value, RotaryEmbedding, rotated width or 0 for all) of a possibly partial rotation."""
-    if node.op_type == "RotaryEmbedding" and not node.domain and node.inputs[0] is not None:
-        return node.inputs[0], node, 0
+    if node.op_type == "RotaryEmbedding":
+        return (node.inputs[0], node, 0) if node.inputs[0] is not None else None
     if node.op_type != "Concat" or len(node.inputs) != 2:
         return None
-    turned, rest = (v.producer() if v is not None else None for v in node.inputs)
-    if turned is None or rest is None or turned.op_type != "RotaryEmbedding":
+    turned, rest = (
+        producer(value, kind) for value, kind in zip(node.inputs, ("RotaryEmbedding", "Slice"))
+    )
+    first = producer(turned.inputs[0], "Slice") if turned is not None else None
+    if turned is None or rest is None or first is None:
         return None
-    first = turned.inputs[0].producer() if turned.inputs[0] is not None else None
-    if first is None or first.op_type != "Slice" or rest.op_type != "Slice":
+    source, sizes = first.inputs[0], dims(turned.inputs[0])
+    if source is None or source is not rest.inputs[0] or sizes is None:
         return None
-    source, size = first.inputs[0], turned.inputs[0].shape if turned.inputs[0] is not None else None
-    if source is None or source is not rest.inputs[0] or size is None:
+    width = sizes[-1]
+    # the first `width` are turned, and what follows is not
+    starts = [known(part.inputs[1]) for part in (first, rest)]
+    if not isinstance(width, int) or any(start is None for start in starts):
         return None
-    width = size[3]
-    return (source, turned, width) if isinstance(width, int) else None
+    found = [start.tolist() for start in starts if start is not None]
+    return (source, turned, width) if found == [[0], [width]] else None

@@ -3,6 +3,7 @@
 import onnx_ir as ir
 
 from export.passes.heads import swaps_heads
+from export.passes.nodes import dims, last_axis, remove_unused_, replace
 
 
 def split_heads_(model: ir.Model) -> int:
@@ -13,24 +14,24 @@ def split_heads_(model: ir.Model) -> int:
     count = 0
     for node in list(model.graph):
         source = node.inputs[0].producer() if node.op_type == "Split" and node.inputs[0] else None
-        axis = node.attributes.get_int("axis", 0)
-        if source is None or not swaps_heads(source) or axis not in (-1, 3):
+        if source is None or not swaps_heads(source) or not last_axis(node, default=0):
             continue
-        before = source.inputs[0]
-        if before is None or before.shape is None:
+        sizes = [dims(output) for output in node.outputs]
+        if any(size is None for size in sizes):
             continue
-        node.replace_input_with(0, before)
-        for output in list(node.outputs):
+        node.replace_input_with(0, source.inputs[0])
+        for output, size in zip(list(node.outputs), sizes):
+            if size is None:
+                continue
             swapped = ir.node("Transpose", [output], {"perm": [0, 2, 1, 3]})
-            swapped.metadata_props.update(node.metadata_props)
+            swapped.metadata_props.update(source.metadata_props)
             new = swapped.outputs[0]
-            new.shape, new.dtype = output.shape, output.dtype
-            for use in list(output.uses()):
-                if use.node is not swapped:
-                    use.node.replace_input_with(use.idx, new)
-            if output.shape is not None and len(output.shape) == 4:
-                b, h, s, w = output.shape
-                output.shape = ir.Shape([b, s, h, w])
+            new.shape, new.type = output.shape, output.type
+            replace(output, new)
+            swapped.replace_input_with(0, output)
+            batch, heads, sequence, width = size
+            output.shape = ir.Shape([batch, sequence, heads, width])
             model.graph.insert_after(node, swapped)
         count += 1
+    remove_unused_(model)
     return count

@@ -132,23 +132,36 @@ def prune_command(
 @compress_group.command("quantize")
 @model_argument
 @click.option(
-    "--scheme", type=click.Choice(["dynamic"]), default="dynamic", show_default=True,
-    help="dynamic: int8 weights per channel, uint8 activations at run time.",
+    "--scheme", type=click.Choice(["dynamic", "weight-only"]), default="dynamic", show_default=True,
+    help="dynamic: int8 weights per channel, uint8 activations at run time. "
+    "weight-only: weights of few bits, block by block.",
 )  # fmt: skip
+@click.option("--bits", type=int, help="weight-only: 4 (default) or 8 bits a weight.")
+@click.option(
+    "--block-size", type=int, help="weight-only: weights that share a scale, 16 to 256; default 32."
+)
 @click.option("--skip", multiple=True, help="Pattern of module names that stay float.")
 @out_option
 @common
 def quantize_command(
-    model: ModelChoice, scheme: str, skip: tuple[str, ...], out: Path, run: Run, output: Output
+    model: ModelChoice,
+    scheme: str,
+    bits: int | None,
+    block_size: int | None,
+    skip: tuple[str, ...],
+    out: Path,
+    run: Run,
+    output: Output,
 ) -> None:
-    """Turn linear layers and embedding tables into int8."""
+    """Turn linear layers and embedding tables into small ones."""
     from compress.quantize import QuantizeConfig
 
-    result = quantize_model(model, QuantizeConfig(scheme, skip), out, run)
+    config = QuantizeConfig(scheme, skip, bits, block_size)
+    result = quantize_model(model, config, out, run)
     output.show(
         result,
         lambda r: (
-            f"{r['path']}: {r['modules']} modules in int8, "
+            f"{r['path']}: {r['modules']} modules quantized, "
             f"{r['bytes_before'] / 1e6:.1f} → {r['bytes_after'] / 1e6:.1f} MB of weights"
         ),
     )
@@ -172,7 +185,7 @@ def _inspect_text(found: dict[str, Any]) -> str:
         f"inputs      {', '.join(found['inputs'])}",
         f"outputs     {', '.join(found['outputs'])}",
         f"max length  {found['max_length'] or 'no limit'}",
-        f"int8        {found['int8_modules']} modules",
+        f"quantized   {found['int8_modules']} modules",
         *_layer_lines(found["layers"]),
     ]
     for stage in found["lineage"]:

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from benchmarks.measure import benchmark
 from benchmarks.runtimes import RUNTIMES
 from benchmarks.worker import Variant
 from calib_data.errors import ModelError
-from tests.tiny import write_sentence_encoder
+from tests.tiny import tiny_checkpoint, write, write_sentence_encoder
 
 
 def write_graph(directory: Path) -> Path:
@@ -88,3 +89,58 @@ def test_a_checkpoint_and_its_bundle_are_measured_alike(tmp_path: Path) -> None:
     assert graph.providers == ["CPUExecutionProvider"]
     assert set(graph.sha256) == {"model.onnx"}
     assert str(tmp_path) not in str(report.to_json())
+
+
+def test_a_decoder_with_cache_is_measured_like_its_checkpoint(tmp_path: Path) -> None:
+    from compress.loading import open_checkpoint
+    from export.graph import ExportConfig
+    from export.publish import export_onnx
+
+    source = write(tiny_checkpoint("llama", "text-generation"), tmp_path / "source")
+    export_onnx(open_checkpoint(source), tmp_path / "bundle", ExportConfig())
+    (tmp_path / "text.txt").write_text("the cat sat\na red bird flew over the large tree\ngreen\n")
+    variants = [
+        Variant("PyTorch", str(source), "pytorch"),
+        Variant("graph", str(tmp_path / "bundle"), "onnx"),
+    ]
+    config = BenchmarkConfig(
+        shapes=((2, 8),), rounds=6, seconds=0.01, warm_up_seconds=0.1, threads=1
+    )
+    for baseline in ("PyTorch", "graph"):  # whose inputs are those that all are timed on
+        evaluated = replace(config, eval=str(tmp_path / "text.txt"), metrics=("perplexity",))
+        report = benchmark(variants, baseline, config if baseline == "graph" else evaluated)
+        assert [v.status for v in report.variants] == ["ok", "ok"], report.variants
+        other = next(v for v in report.variants if v.name != baseline)
+        assert other.latency[0].agreement == pytest.approx(1, abs=1e-4)
+        values = [q.value for v in report.variants for q in v.quality]
+        assert len(values) == (2 if baseline == "PyTorch" else 0)
+        assert values[:1] == pytest.approx(values[1:], rel=1e-4)
+
+
+def test_several_graphs_are_measured_where_one_is_the_whole(tmp_path: Path) -> None:
+    from export.bundle import write_bundle
+    from tests.export.graphs import checkpoint_of, graph_of
+
+    for whole in (True, False):
+        folder = tmp_path / str(whole)
+        folder.mkdir()
+        names = ("model", "vision_model") if whole else ("encoder_model", "decoder_model_merged")
+        graphs = [(name, checkpoint_of("vit"), graph_of("vit")) for name in names]
+        bundle = write_bundle(graphs, checkpoint_of("vit"), {}, folder)
+    with pytest.raises(ModelError, match="but encoder_model, decoder_model_merged"):
+        RUNTIMES["onnx"].describe(str(folder))
+    source = RUNTIMES["onnx"].describe(str(tmp_path / "True"))
+    assert source.output == "logits"
+    assert source.size_bytes < bundle.size_bytes
+    assert set(source.sha256) == {"model.onnx"}
+
+
+def test_a_graph_that_was_changed_is_not_measured(tmp_path: Path) -> None:
+    from export.bundle import write_bundle
+    from tests.export.graphs import checkpoint_of, graph_of
+
+    bundle = write_bundle([("model", checkpoint_of("vit"), graph_of("vit"))], checkpoint_of("vit"),
+                          {}, tmp_path)  # fmt: skip
+    bundle.model_path.write_bytes(bundle.model_path.read_bytes()[:-1] + b"x")
+    with pytest.raises(ModelError, match="changed after its export"):
+        RUNTIMES["onnx"].describe(str(tmp_path))

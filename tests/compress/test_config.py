@@ -14,6 +14,7 @@ from export.graph import ExportConfig
 CHANGED: list[StageConfig] = [
     PruneConfig(heads=0.5, ffn=0.125, round_to=4, seed=3),
     QuantizeConfig(skip=("pooler.*", "lm_head")),
+    QuantizeConfig("weight-only", bits=8, block_size=64),
     TrainConfig(steps=7, learning_rate=1e-3, schedule="linear", precision="bf16"),
     DistillConfig(losses=("hidden", "logits=0.5"), temperature=2.0, train=TrainConfig(steps=9)),
     ExportConfig(target="portable", opset=20),
@@ -44,6 +45,9 @@ BAD: list[tuple[type[StageConfig], dict[str, Any]]] = [
     (PruneConfig, {"ffn": float("nan")}),
     (PruneConfig, {"round_to": 0}),
     (QuantizeConfig, {"scheme": "magic"}),
+    (QuantizeConfig, {"scheme": "weight-only", "bits": 5}),
+    (QuantizeConfig, {"scheme": "weight-only", "block_size": "many"}),
+    (QuantizeConfig, {"bits": 4}),
     (TrainConfig, {"steps": 0}),
     (TrainConfig, {"learning_rate": 0.0}),
     (TrainConfig, {"warmup": 1.5}),

@@ -285,7 +285,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "broken tokenizer": (lambda d: (d / "tokenizer.json").write_text("{"), "tokenizer"),
     "newer manifest": (manifest(format=99), "newer than 1; upgrade"),
     "manifest without format": (manifest(format="one"), "not a checkpoint's manifest"),
-    "manifest of a bundle": (manifest(inputs=[]), "ONNX bundle"),
+    "manifest of a bundle": (manifest(graphs=[]), "ONNX bundle"),
     "manifest with a factory": (manifest(factory=MIXER), "pass --trust-remote-code"),
     "manifest with an unknown task": (manifest(task="sorting"), "sorting"),
 }

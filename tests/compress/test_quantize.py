@@ -1,13 +1,25 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from calib_data.errors import ModelError
+from calib_data.errors import ConfigError, ModelError
 from compress.checkpoint import weights_sha256
 from compress.int8 import DynamicInt8Linear, Int8Embedding
-from compress.quantize import QuantizeConfig, dequantized, quantize, quantized_skeleton_
-from tests.tiny import FAMILIES, tiny_checkpoint
+from compress.loading import open_checkpoint
+from compress.quantize import (
+    SCHEMES,
+    QuantizeConfig,
+    dequantized,
+    quantize,
+    quantized_skeleton_,
+)
+from compress.weight_only import WeightOnlyLinear
+from tests.tiny import FAMILIES, tiny_checkpoint, write
+
+FOUR, EIGHT = (QuantizeConfig("weight-only", bits=bits) for bits in (4, 8))
 
 
 def kinds(model: nn.Module, kind: type[nn.Module]) -> list[str]:
@@ -15,10 +27,17 @@ def kinds(model: nn.Module, kind: type[nn.Module]) -> list[str]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_outputs_stay_close(family: str) -> None:
+@pytest.mark.parametrize(
+    ("config", "weights", "activations"),
+    [(QuantizeConfig(), 0.15, 0.2), (FOUR, 0.7, 0.7), (EIGHT, 0.15, 0.2)],
+    ids=["dynamic", "4 bit", "8 bit"],
+)
+def test_outputs_stay_close(
+    family: str, config: QuantizeConfig, weights: float, activations: float
+) -> None:
     checkpoint = tiny_checkpoint(family)
     before = weights_sha256(checkpoint.module)
-    result = quantize(checkpoint, QuantizeConfig())
+    result = quantize(checkpoint, config)
     assert weights_sha256(checkpoint.module) == before
     assert result.report["bytes_after"] < 0.6 * result.report["bytes_before"]
     sample = checkpoint.signature.sample(batch=4, sequence=16, ragged=True)
@@ -26,21 +45,24 @@ def test_outputs_stay_close(family: str) -> None:
     rounded = dequantized(result.checkpoint).predict(sample)
     for name, y in exact.items():
         errors = [float(np.sqrt(np.mean((z[name] - y) ** 2)) / y.std()) for z in (found, rounded)]
-        assert 0 < errors[1] < 0.1, name  # int8 weights alone
-        assert 0 < errors[0] < 0.15, name
+        assert 0 < errors[1] < weights, name  # quantized weights alone
+        assert 0 < errors[0] < activations, name
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "gpt2", "llama", "vit"])
-def test_all_linear_layers_and_tables_become_int8(family: str) -> None:
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_all_linear_layers_and_tables_are_quantized(family: str, scheme: str) -> None:
     checkpoint = tiny_checkpoint(family)
-    made = quantize(checkpoint, QuantizeConfig()).checkpoint
+    made = quantize(checkpoint, QuantizeConfig(scheme)).checkpoint
     assert kinds(made.module, nn.Linear) == kinds(made.module, nn.Embedding) == []
     assert not [m for m in made.module.modules() if type(m).__name__ == "Conv1D"]
     tables = kinds(checkpoint.module, nn.Embedding)
     assert kinds(made.module, Int8Embedding) == tables
-    linear = kinds(made.module, DynamicInt8Linear)
+    linear = kinds(made.module, SCHEMES[scheme].linear)
+    defaults = {name: values[0] for name, values in SCHEMES[scheme].settings.items()}
     assert made.quantization == {
-        "scheme": "dynamic",
+        "scheme": scheme,
+        **defaults,
         "modules": [n for n, _ in checkpoint.module.named_modules() if n in {*tables, *linear}],
     }
 
@@ -83,6 +105,66 @@ def test_tied_head_gets_its_own_copy() -> None:
     assert module.lm_head.scale.shape == module.transformer.wte.scale.shape
 
 
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weight_only_is_saved_and_loaded(family: str, bits: int, tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(family, "text-generation" if family != "bert" else "fill-mask")
+    config = QuantizeConfig("weight-only", bits=bits, block_size=16)
+    made = quantize(checkpoint, config).checkpoint
+    again = open_checkpoint(str(write(made, tmp_path / "small")))
+    assert again.quantization == made.quantization
+    assert weights_sha256(again.module) == weights_sha256(made.module)
+    layers = [m for m in again.module.modules() if isinstance(m, WeightOnlyLinear)]
+    assert {(layer.bits, layer.block_size) for layer in layers} == {(bits, 16)}
+    sample = checkpoint.signature.sample(2, 9, ragged=True)
+    for name, value in made.predict(sample).items():
+        assert np.array_equal(again.predict(sample)[name], value)
+
+
+def test_four_bits_are_small_on_disk(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint("bert", hidden_size=256, intermediate_size=1024)
+    sizes = {
+        config: (write(quantize(checkpoint, config).checkpoint, tmp_path / str(config.bits))
+                 / "model.safetensors").stat().st_size
+        for config in (FOUR, EIGHT)
+    }  # fmt: skip
+    # 4 or 8 bits, with the bits of a scale and of a zero point for 32 weights
+    assert sizes[FOUR] / sizes[EIGHT] == pytest.approx(5.125 / 9.25, rel=0.1)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_weight_only_holds_the_weights(bits: int, family: str) -> None:
+    checkpoint = tiny_checkpoint(family)
+    made = quantize(checkpoint, QuantizeConfig("weight-only", bits=bits)).checkpoint
+    plain = dequantized(made)
+    for name, module in plain.backbone.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        source = checkpoint.backbone.get_submodule(name)
+        weight = source.weight.detach()
+        weight = weight.t() if type(source).__name__ == "Conv1D" else weight
+        error = (module.weight.data - weight).square().mean().sqrt() / weight.std()
+        assert 0 < float(error) < {4: 0.12, 8: 0.007}[bits], name
+        if source.bias is not None:
+            assert module.bias.equal(source.bias)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"bits": 4}, "dynamic has no --bits"),
+        ({"scheme": "dynamic", "block_size": 32}, "dynamic has no --block-size"),
+        ({"scheme": "weight-only", "bits": 3}, "--bits must be one of 4, 8, got 3"),
+        ({"scheme": "weight-only", "block_size": 48}, "--block-size must be one of"),
+        ({"scheme": "weight_only"}, "--scheme must be one of dynamic, weight-only"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(values: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        QuantizeConfig.from_json(values)
+
+
 def test_dequantized_has_the_same_weights() -> None:
     made = quantize(tiny_checkpoint("gpt2"), QuantizeConfig()).checkpoint
     plain = dequantized(made)
@@ -105,7 +187,12 @@ def test_nothing_left_is_refused() -> None:
 
 @pytest.mark.parametrize(
     "quantization",
-    [{"scheme": "fp4", "modules": []}, {"scheme": "dynamic", "modules": ["encoder.layer.9.x"]}],
+    [
+        {"scheme": "fp4", "modules": []},
+        {"scheme": "dynamic", "modules": ["encoder.layer.9.x"]},
+        {"scheme": "weight-only", "modules": ["pooler.dense"]},
+        {"scheme": "weight-only", "bits": 5, "block_size": 32, "modules": ["pooler.dense"]},
+    ],
 )
 def test_manifest_that_does_not_fit_is_refused(quantization: dict) -> None:
     with pytest.raises(ModelError, match="manifest"):

@@ -86,6 +86,64 @@ def test_round_trips_through_json(family: str) -> None:
     assert Signature.from_json(json.loads(json.dumps(signature.to_json()))) == signature
 
 
+TOKENS = ((0, "batch"), (1, "sequence"))
+PAST = Input("past", "past", ((0, "batch"), (2, "past_sequence")), (2, 4, 0, 8), "float32")
+
+
+def test_samples_with_a_cache_are_padded_on_the_left() -> None:
+    inputs = (
+        Input("ids", "ids", TOKENS, (2, 16)),
+        Input("mask", "mask", ((0, "batch"), (1, "total_sequence")), (2, 16)),
+        Input("positions", "positions", TOKENS, (2, 16)),
+        PAST,
+    )
+    signature = Signature(inputs, ("logits",), vocabulary=30, pad=3, longest=16)
+    assert signature.has_past
+    sample = signature.sample(8, 4, past=6, ragged=True)
+    assert sample["past"].shape == (8, 4, 6, 8)
+    mask = sample["mask"]
+    assert mask.shape == (8, 10)
+    assert bool((mask.diff(dim=1) >= 0).all())
+    assert bool(mask[:, -1].all())
+    assert bool((sample["ids"] == 3).equal(mask[:, 6:] == 0))
+    assert sample["positions"].equal((mask.cumsum(dim=1) - 1).clamp(min=0)[:, 6:])
+    assert signature.sample(1, 4)["past"].shape == (1, 4, 0, 8)
+    signature.sample(1, 4, past=12)
+    with pytest.raises(ConfigError, match="a sequence of 17 is longer"):
+        signature.sample(1, 4, past=13)
+
+
+def test_samples_of_a_decoder_beside_an_encoder() -> None:
+    of_encoder = ((0, "batch"), (1, "encoder_sequence"))
+    inputs = (
+        Input("mask", "mask", of_encoder, (2, 16)),
+        Input("ids", "ids", TOKENS, (2, 16)),
+        Input("states", "hidden", of_encoder, (2, 16, 12), "float32"),
+        PAST,
+        Input("flag", "flag", (), (1,), "bool"),
+    )
+    signature = Signature(inputs, ("logits",), vocabulary=30, longest=6)
+    for sequence, past, encoder in ((1, 0, 4), (3, 2, 5), (6, 0, 6)):
+        sample = signature.sample(3, sequence, past=past, ragged=True)
+        assert sample["ids"].shape == (3, sequence)
+        assert bool((sample["ids"] != 0).all())  # no mask of the decoder's own
+        assert sample["mask"].shape == (3, encoder)
+        assert sample["states"].shape == (3, encoder, 12)
+        assert sample["flag"].tolist() == [past > 0]
+
+
+def test_ragged_samples_of_two_towers_hold_another_number_of_images() -> None:
+    inputs = (
+        Input("ids", "ids", ((0, "text_batch_size"), (1, "sequence")), (2, 16)),
+        Input("pixels", "pixels", ((0, "image_batch_size"),), (2, 3, 4, 4), "float32"),
+    )
+    signature = Signature(inputs, ("logits",), vocabulary=30)
+    for ragged, images in ((False, 3), (True, 4)):
+        sample = signature.sample(3, 5, ragged=ragged)
+        assert sample["ids"].shape == (3, 5)
+        assert sample["pixels"].shape == (images, 3, 4, 4)
+
+
 class Mixer(nn.Module):
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return x + y, x
@@ -111,6 +169,20 @@ def test_factory_axes() -> None:
     assert signature.inputs[0] == Input(
         "x", "example", ((0, "batch"), (1, "sequence")), (2, 5), "float32"
     )
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"z": {0: "batch"}}, "axes are named for z, and the inputs are x, y"),
+        ({"x": {2: "width"}}, "x has 2 axes, and axis 2 is named"),
+        ({"x": {-1: "width"}}, "axis -1"),
+    ],
+)
+def test_axes_that_are_not_there_are_refused(axes: dict, message: str) -> None:
+    examples = {"x": torch.randn(2, 5), "y": torch.randn(2, 5)}
+    with pytest.raises(ModelError, match=message):
+        factory_signature(Mixer(), examples, axes)
 
 
 def test_module_without_tensors_is_refused() -> None:

@@ -20,6 +20,9 @@ from compress.tasks import CUSTOM, get_task, task_of
         ("BartForConditionalGeneration", "text2text-generation"),
         ("ViTForImageClassification", "image-classification"),
         ("ViTModel", "feature-extraction"),
+        ("CLIPModel", "zero-shot-image-classification"),
+        ("SiglipModel", "zero-shot-image-classification"),
+        ("CLIPTextModel", "feature-extraction"),
     ],
 )
 def test_architecture_tells_the_task(architecture: str, task: str) -> None:

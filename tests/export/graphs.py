@@ -13,6 +13,7 @@ import onnxruntime as ort
 from compress.checkpoint import Checkpoint
 from compress.quantize import QuantizeConfig, quantize
 from export.graph import MODULE, ExportConfig, build_graph
+from export.parts import parts
 from export.sessions import open_session, run
 from tests.tiny import tiny_checkpoint
 
@@ -45,6 +46,19 @@ def graph_of(name: str, int8: bool = False, target: str = "cpu", opset: int = 23
     return ir.from_proto(onnx.load_from_string(_bytes_of(name, int8, target, opset)))
 
 
+@functools.cache
+def _cached_bytes_of(name: str, int8: bool) -> bytes:
+    (part,) = parts(checkpoint_of(name, int8)).values()
+    return bytes(ir.to_proto(build_graph(part, ExportConfig())).SerializeToString())
+
+
+def cached_graph_of(name: str, int8: bool = False) -> ir.Model:
+    """Return the graph of a tiny decoder with its cache, exported once and read anew each time."""
+    import onnx
+
+    return ir.from_proto(onnx.load_from_string(_cached_bytes_of(name, int8)))
+
+
 def save(model: ir.Model, folder: Path, change: Callable[[ir.Model], Any] | None = None) -> Path:
     """Write the graph, changed or not, into `folder`; return its path."""
     if change is not None:
@@ -53,13 +67,15 @@ def save(model: ir.Model, folder: Path, change: Callable[[ir.Model], Any] | None
     return folder / "model.onnx"
 
 
-def run_graph(model: ir.Model | Path, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Return the outputs of the graph without ONNX Runtime's optimizations."""
+def run_graph(
+    model: ir.Model | Path, inputs: Mapping[str, Any], optimize: bool = False
+) -> dict[str, np.ndarray]:
+    """Return the outputs of the graph, without ONNX Runtime's optimizations unless asked for."""
     if isinstance(model, ir.Model):
         source: Any = ir.to_proto(model).SerializeToString()
     else:
         source = model
-    return run(open_session(source, optimize=False), inputs)
+    return run(open_session(source, optimize=optimize), inputs)
 
 
 def operators(model: ir.Model) -> Counter[str]:

@@ -45,7 +45,9 @@ def test_names_and_axes_are_the_signatures() -> None:
     for value in graph.inputs:
         assert value.dtype == ir.DataType.INT64
         assert str(value.shape) == "[batch,sequence]"
+    assert str(graph.outputs[0].shape) == "[batch,sequence,32]"
     assert str(graph_of("vit").graph.inputs[0].shape) == "[batch,3,12,12]"
+    assert str(graph_of("vit").graph.outputs[0].shape) == "[batch,2]"
 
 
 def test_file_tells_nothing_of_the_machine(tmp_path: Path) -> None:

@@ -7,14 +7,17 @@ from torch import nn
 from compress.checkpoint import Checkpoint
 from compress.int8 import DynamicInt8Linear, Int8Embedding, quantize_per_channel
 from compress.signature import factory_signature
+from compress.weight_only import WeightOnlyLinear
 from export.graph import ExportConfig, build_graph
 from tests.export.graphs import operators, run_graph
 
 
-def graph_of_module(module: nn.Module, **examples: torch.Tensor) -> ir.Model:
+def graph_of_module(
+    module: nn.Module, target: str = "cpu", opset: int = 23, **examples: torch.Tensor
+) -> ir.Model:
     axes = {name: dict(enumerate(("batch", "sequence"))) for name in examples}
     signature = factory_signature(module, examples, axes)
-    return build_graph(Checkpoint(module, "custom", signature), ExportConfig())
+    return build_graph(Checkpoint(module, "custom", signature), ExportConfig(target, opset))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -36,6 +39,34 @@ def test_linear_equals_the_module(bias: bool) -> None:
             actual = run_graph(model, {"x": x})["output"]
             # the integers are the same; only the scales' products may round differently
             np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-5)
+
+
+def weight_only_linear(inputs: int, outputs: int, bias: bool, bits: int) -> WeightOnlyLinear:
+    torch.manual_seed(0)
+    module = WeightOnlyLinear(inputs, outputs, bias, bits, 32)
+    module.quantize_(torch.randn(outputs, inputs))
+    if bias:
+        module.bias = torch.randn(outputs)
+    return module
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_weight_only_linear_equals_the_module(target: str, bias: bool, bits: int) -> None:
+    module = weight_only_linear(100, 17, bias, bits)
+    model = graph_of_module(module, target, x=torch.randn(2, 5, 100))
+    (node,) = (n for n in model.graph if n.op_type == "MatMulNBits")
+    assert node.attributes.get_int("accuracy_level", 0) == (4 if target == "cpu" else 0)
+    assert len(model.graph) == (2 if bias and target == "cuda" else 1)
+    assert model.opset_imports["com.microsoft"] == 1
+    for shape in ((1, 1, 100), (3, 40, 100)):
+        x = torch.randn(shape)
+        # the kernel for the GPU does not round activations
+        exact = nn.functional.linear(x, module.dequantize(), module.bias)
+        expected = module(x) if target == "cpu" else exact
+        actual = run_graph(model, {"x": x})["output"]
+        np.testing.assert_allclose(actual, expected.numpy(), rtol=1e-5, atol=5e-5)
 
 
 def test_embedding_equals_the_module() -> None:

@@ -58,12 +58,29 @@ def test_the_whole_chain(place: Path, tmp_path: Path) -> None:
     ]
     exported = must("export", "onnx", tmp_path / "int8", "-o", tmp_path / "onnx")
     assert exported["parity"]["passed"]
-    assert exported["outputs"] == ["token_embeddings", "sentence_embedding"]
+    assert exported["graphs"]["model"]["outputs"] == ["token_embeddings", "sentence_embedding"]
     checked = must("export", "validate", tmp_path / "int8", tmp_path / "onnx")
     assert checked["passed"]
     # the float checkpoint is another model than the int8 graph
     wrong = invoke("export", "validate", tmp_path / "healed", tmp_path / "onnx")
     assert wrong.exit_code == 3
+
+
+def test_weight_only(place: Path, tmp_path: Path) -> None:
+    small = must(
+        "compress", "quantize", place / "encoder", "--scheme", "weight-only", "--bits", 8,
+        "--block-size", 16, "--skip", "encoder.layer.0.*", "-o", tmp_path / "small",
+    )  # fmt: skip
+    assert small["modules"] > 0
+    told = must("compress", "inspect", tmp_path / "small")
+    assert told["lineage"][-1]["settings"] == {
+        "scheme": "weight-only",
+        "skip": ["encoder.layer.0.*"],
+        "bits": 8,
+        "block_size": 16,
+    }
+    exported = must("export", "onnx", tmp_path / "small", "-o", tmp_path / "onnx")
+    assert exported["parity"]["passed"]
 
 
 def test_students_from_layers(place: Path, tmp_path: Path) -> None:
@@ -96,6 +113,9 @@ def test_text_output_is_for_people(place: Path) -> None:
         (("compress", "quantize", "{place}/encoder", "-o", "{place}/encoder"), 8, "--overwrite"),
         (("compress", "quantize", "{place}/encoder", "-o", "{place}/text.txt/x"), 8, "cannot write"),
         (("compress", "quantize", "{place}/encoder", "--task", "poetry", "-o", "{out}"), 2, "poetry"),
+        (("compress", "quantize", "{place}/encoder", "--bits", "4", "-o", "{out}"), 2, "no --bits"),
+        (("compress", "quantize", "{place}/encoder", "--scheme", "weight-only", "--bits", "5", "-o",
+          "{out}"), 2, "4, 8, got 5"),
         (("compress", "distill", "--teacher", "{place}/encoder", "--data", "pydoc", "-o", "{out}"),
          2, "--student or --layers"),
         (("compress", "distill", "--teacher", "{place}/encoder", "--layers", "9", "--data",
