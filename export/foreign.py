@@ -1,4 +1,4 @@
-"""A graph that something else has made, held against a checkpoint by the names of its inputs and outputs."""
+"""A graph of another exporter, held against a checkpoint by the names that they share."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace

@@ -16,6 +16,7 @@ from export.passes.flat_attention import flat_attention_
 from export.passes.gelu import gelu_, quick_gelu_
 from export.passes.grouped_heads import grouped_heads_
 from export.passes.identities import identities_
+from export.passes.open_masks import open_masks_
 from export.passes.packed_projections import packed_projections_
 from export.passes.plain_padding_mask import plain_padding_mask_
 from export.passes.residual_as_sum import residual_as_sum_
@@ -34,6 +35,7 @@ _PLAIN: tuple[Pass, ...] = (
     plain_padding_mask_,
     unfolded_axis_,
     softmax_attention_,
+    open_masks_,
     finite_masks_,
     gelu_,
     packed_projections_,
