@@ -1,6 +1,5 @@
 """Every family that is said to work: exported, and held to the gate, float and int8."""
 
-import functools
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from calib_data.errors import ModelError
 from compress.checkpoint import Checkpoint
 from compress.quantize import QuantizeConfig, quantize
 from export.graph import ExportConfig, build_graph
-from export.parity import check_parity
+from export.parity import check_graphs
 from export.parts import parts
 from tests.compress.test_prune import apply_plan, random_plan
 from tests.export.graphs import operators, save
@@ -24,10 +23,10 @@ KNOWN_INT8: dict[str, str] = {
     "clip_vision_model": "of one image the pooled vector has 32 numbers and PyTorch's rounding in them "
     "is, by luck, a quarter of its usual; over 24 batches graph and source are 4.7e-7 and 3.4e-7 off",
 }
-# families that share another one's code, or take long: with the slow tests
-SLOW = (
-    *("bart", "camembert", "deit", "electra", "marian", "mistral", "opt", "phi", "qwen2", "qwen3"),
-    *("roberta", "swin", "t5", "xlm-roberta"),
+# families that share another one's code: `make check` runs them too, `make test` does not
+ALIKE = (
+    *("camembert", "deit", "electra", "gpt_neox", "marian", "mistral", "opt", "phi", "qwen2"),
+    *("qwen3", "roberta", "xlm-roberta"),
 )
 
 DECODERS = ("gemma", "gpt2", "gpt_neox", "llama", "mistral", "opt", "phi", "qwen2", "qwen3")
@@ -59,10 +58,10 @@ LAYER: dict[str, tuple[int, int, int, int]] = {
 }
 
 
-def parameters(known: Mapping[str, str] = KNOWN) -> list:
+def parameters(known: Mapping[str, str] = KNOWN, alike: tuple[str, ...] = ALIKE) -> list:
     made = []
     for family in (*FAMILIES, *EXPORT_ONLY):
-        marks = [pytest.mark.slow] if family in SLOW else []
+        marks = [pytest.mark.exhaustive] if family in alike else []
         if family in known:
             marks.append(pytest.mark.xfail(strict=True, reason=known[family]))
         made.append(pytest.param(family, marks=marks))
@@ -73,7 +72,29 @@ def attentions(found: Counter[str]) -> int:
     return found["Attention"] + found["GroupQueryAttention"]
 
 
-@functools.cache
+def whole(family: str, **changes: Any) -> Checkpoint:
+    """Return a checkpoint of the family for the task that needs most of it."""
+    task = "feature-extraction"
+    if family in DECODERS:
+        task = "text-generation"
+    if family in SEQ2SEQ:
+        task = "text2text-generation"
+    return tiny_checkpoint(family, task, **changes)
+
+
+def held_to_the_gate(checkpoint: Checkpoint, folder: Path) -> Counter[str]:
+    """Export every graph of the checkpoint, check them all; return what operators they have."""
+    graphs, found = {}, Counter[str]()
+    for name, part in parts(checkpoint).items():
+        model = build_graph(part, ExportConfig())
+        found += Counter(node.op_type for node in model.graph.all_nodes())
+        (folder / name).mkdir()
+        graphs[name] = (part, save(model, folder / name))
+    report = check_graphs(checkpoint, graphs)
+    assert report.passed, report.worst()
+    return found
+
+
 def per_layer(family: str) -> Counter[str]:
     """Return which operators one more layer adds to the graph."""
     deeper = {"num_hidden_layers": 3, **DEEPER.get(family, {})}
@@ -88,17 +109,12 @@ def per_layer(family: str) -> Counter[str]:
 
 
 @pytest.mark.parametrize("family", parameters())
-def test_a_layer_computes_only_what_is_its_own(family: str) -> None:
+def test_a_layer_computes_only_what_is_its_own_in_whole_operators(family: str) -> None:
     cost = per_layer(family)
     assert {name: cost[name] for name in (*ONCE, *PIECES) if cost[name]} == {}
     assert cost["Concat"] == (
         4 if family == "swin" else 0
     )  # which rolls its windows back and forth
-
-
-@pytest.mark.parametrize("family", parameters())
-def test_a_layer_is_made_of_whole_operators(family: str) -> None:
-    cost = per_layer(family)
     found = (
         attentions(cost),
         cost["LayerNormalization"] + cost["RMSNormalization"],
@@ -110,23 +126,22 @@ def test_a_layer_is_made_of_whole_operators(family: str) -> None:
 
 @pytest.mark.parametrize("family", parameters())
 def test_float(family: str, tmp_path: Path) -> None:
-    checkpoint = tiny_checkpoint(family)
-    model = build_graph(checkpoint, ExportConfig())
-    layers = 6 if family in SEQ2SEQ else 4 if family == "swin" else 2
-    assert attentions(operators(model)) == layers
-    report = check_parity(checkpoint, save(model, tmp_path))
-    assert report.passed, report.worst()
+    found = held_to_the_gate(whole(family), tmp_path)
+    assert attentions(found) == (6 if family in SEQ2SEQ else 4 if family == "swin" else 2)
+
+
+# with the kinds of blocks that pruning and int8 modules meet; all others in `make check`
+MIXED = ("albert", "bart", "bert", "deberta-v2", "gpt2", "llama", "modernbert", "t5", "vit")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", parameters(KNOWN | KNOWN_INT8))
+@pytest.mark.parametrize(
+    "family",
+    parameters(KNOWN_INT8, tuple(f for f in (*FAMILIES, *EXPORT_ONLY) if f not in MIXED)),
+)
 def test_pruned_and_int8(family: str, tmp_path: Path) -> None:
-    checkpoint = tiny_checkpoint(family)
-    made = quantize(pruned(checkpoint), QuantizeConfig()).checkpoint
-    model = build_graph(made, ExportConfig())
-    assert operators(model)["MatMulInteger"] > 0
-    report = check_parity(made, save(model, tmp_path))
-    assert report.passed, report.worst()
+    made = quantize(pruned(whole(family)), QuantizeConfig()).checkpoint
+    assert held_to_the_gate(made, tmp_path)["MatMulInteger"] > 0
 
 
 def pruned(checkpoint: Checkpoint) -> Checkpoint:
