@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import write_sentence_encoder
+from tests.tiny import tiny_checkpoint, write, write_sentence_encoder
 
 ROOT = Path(__file__).parents[1]
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -27,6 +27,7 @@ def test_documented_commands_work(name: str, tmp_path: Path) -> None:
     lines = commands(name)
     assert lines
     write_sentence_encoder(tmp_path / "tiny", num_hidden_layers=4)
+    write(tiny_checkpoint("llama", "text-generation"), tmp_path / "my-decoder")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for line in lines:
         # the small model in place of the real one, which takes minutes; all else as documented
