@@ -553,7 +553,8 @@ def prove(subject: Subject, mutated: Path, folder: Path) -> tuple[bool, str]:
     original.write_bytes(subject.content)
     graphs = {"": (original, mutated)}
     if subject.part.quantization:
-        graphs = {"": (linearized(original, folder), linearized(mutated, folder))}
+        paths = [linearized(path, folder / f"exact-{path.name}") for path in (original, mutated)]
+        graphs = {"": (paths[0], paths[1])}
         graphs[_SHIPPED] = (original, mutated)
     part = dequantized(subject.part) if subject.part.quantization else subject.part
     double = copy.deepcopy(part.module).double()

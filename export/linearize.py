@@ -14,12 +14,11 @@ from onnx_ir.passes.common import NameFixPass
 from compress.weight_only import dequantize_blocks
 
 
-def linearized(model: Path, folder: Path) -> Path:
-    """Write the graph in `model` without its run-time rounding into `folder`; return its path."""
+def linearized(model: Path, path: Path) -> Path:
+    """Write the graph in `model` without its run-time rounding to `path`; return `path`."""
     graph = ir.load(model)
     linearize_(graph)
     NameFixPass()(graph)  # new values in a branch are named without regard to those outside
-    path = folder / f"{model.stem}.linear.onnx"
     ir.save(graph, path, external_data=f"{path.name}.data")
     return path
 

@@ -66,7 +66,7 @@ def check_parity(
     del stored
     trial = make_trial(part, dict(parity_cases(part, batched_chunks=not appends)), progress)
     with tempfile.TemporaryDirectory() as folder:
-        plain = linearized(model, Path(folder)) if part.quantization else model
+        plain = linearized(model, Path(folder, model.name)) if part.quantization else model
         for label, optimize in _SESSIONS:
             session = open_session(plain, provider, optimize=optimize)
             compared = compare(trial, session, progress)

@@ -65,7 +65,7 @@ def check_across_calls(
     with tempfile.TemporaryDirectory() as folder:
         # int8 as it ships rounds by all tokens at once, so only the weights can be compared
         paths = {
-            name: linearized(graphs[name][1], Path(folder))
+            name: linearized(graphs[name][1], Path(folder, f"{name}.onnx"))
             if checkpoint.quantization
             else graphs[name][1]
             for name in pair
