@@ -20,9 +20,10 @@ from compress.quantize import dequantized
 from compress.signature import forward_names, named_outputs, positions_from
 from export.cases import longest_case
 from export.linearize import linearized
+from export.precision import precision
 from export.sessions import open_session, run
 from export.tolerance import Expected, allowances, errors
-from export.trial import factor_of, precision
+from export.trial import factor_of
 from export.verdict import Check, broken
 
 Run = Callable[[Mapping[str, Any]], Mapping[str, np.ndarray]]

@@ -13,6 +13,7 @@ from compress.checkpoint import Checkpoint
 from compress.quantize import dequantized
 from compress.signature import named_outputs
 from export.cases import Tokens, padded_row, row_alone, tokens_of
+from export.precision import precision
 from export.sessions import run
 from export.tolerance import FLOAT, HALF, Errors, Expected, errors
 from export.verdict import broken
@@ -109,12 +110,6 @@ def _padding(trial: Trial, padded: Outputs, alone: Outputs) -> dict[str, np.ndar
 def factor_of(dtype: torch.dtype) -> float:
     """Return how many times PyTorch's own error a graph in this precision may have."""
     return FLOAT if dtype == torch.float32 else HALF
-
-
-def precision(module: nn.Module) -> torch.dtype:
-    """Return the least precise float that the module's parameters have."""
-    kinds = {p.dtype for p in module.parameters() if p.is_floating_point()}
-    return max(kinds, key=lambda kind: torch.finfo(kind).eps, default=torch.float32)
 
 
 # --- what is found ------------------------------------------------------------------------------

@@ -134,8 +134,7 @@ def test_no_graph_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    "ONNXPRESS_OPTIMUM_PYTHON" not in os.environ,
-    reason="ONNXPRESS_OPTIMUM_PYTHON names no Python with optimum-onnx, which needs transformers < 4.58",
+    "ONNXPRESS_CLIENTS" not in os.environ, reason="ONNXPRESS_CLIENTS names no Python with optimum-onnx"
 )
 @pytest.mark.parametrize(
     ("family", "task", "theirs"),
@@ -153,7 +152,7 @@ def test_export_of_optimum(family: str, task: str, theirs: str, tmp_path: Path) 
     settings = json.loads((source / "tokenizer_config.json").read_text())
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name before transformers 5
     (source / "tokenizer_config.json").write_text(json.dumps(settings))
-    command = Path(os.environ["ONNXPRESS_OPTIMUM_PYTHON"]).parent / "optimum-cli"
+    command = Path(os.environ["ONNXPRESS_CLIENTS"]).parent / "optimum-cli"
     arguments = ["export", "onnx", "--model", source, "--task", theirs, tmp_path / "out"]
     subprocess.run([command, *arguments], check=True, capture_output=True)
     checkpoint = open_checkpoint(str(source), task=task)
