@@ -134,7 +134,8 @@ def test_no_graph_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    "ONNXPRESS_CLIENTS" not in os.environ, reason="ONNXPRESS_CLIENTS names no Python with optimum-onnx"
+    "ONNXPRESS_CLIENTS" not in os.environ,
+    reason="ONNXPRESS_CLIENTS names no Python with optimum-onnx",
 )
 @pytest.mark.parametrize(
     ("family", "task", "theirs"),
