@@ -129,16 +129,16 @@ def _describe_bundle(model: str) -> Source:
 
 
 def _open_graph(model: str, provider: str, threads: int) -> Loaded:
-    from export.sessions import complete_feed, open_session
+    from export.sessions import call, complete_feed, open_session, widened
 
     path = Path(model)
     session = open_session(path / "model.onnx" if path.is_dir() else path, provider, threads)
     names = [item.name for item in session.get_outputs()]
     return Loaded(
         prepare=lambda batch: complete_feed(session, batch),
-        run=lambda feed: session.run(None, feed),
+        run=lambda feed: call(session, feed),
         collect=lambda outputs: {
-            name: value
+            name: widened(value)
             for name, value in zip(names, outputs, strict=True)
             if not name.startswith("present.")  # no metric looks at a cache
         },

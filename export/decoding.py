@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime as ort
+from onnx.helper import np_dtype_to_tensor_dtype
 
-from calib_data.errors import ConfigError
-from export.sessions import open_session, positions_from
+from export.sessions import array_of, open_session, positions_from, zeros
 
 IN_PLACE = "onnxpress.cache"  # metadata of a graph whose attention appends to a buffer with room
 
@@ -53,7 +53,7 @@ class CachedDecoding:
         for name in self.past:
             _, heads, _, width = self.inputs[name].shape
             size = length + room if self.in_place else 0
-            buffer = _zeros((batch, heads, size, width), self.inputs[name].type, self.device)
+            buffer = _buffer((batch, heads, size, width), self.inputs[name], self.device)
             self.binding.bind_ortvalue_input(name, buffer)
             if self.in_place:
                 self.binding.bind_ortvalue_output(_present(name), buffer)
@@ -79,8 +79,7 @@ class CachedDecoding:
         if not self.in_place:
             for name in self.past:
                 self.binding.bind_ortvalue_input(name, outputs[_present(name)])
-        logits: np.ndarray = outputs["logits"].numpy()[:, -1]
-        return logits
+        return _last(outputs["logits"])
 
     def _bound(self) -> list[str]:
         """Return the outputs' names in the order in which they were first bound."""
@@ -122,7 +121,7 @@ class Seq2SeqDecoding:
             self.binding.bind_cpu_input("encoder_attention_mask", np.ascontiguousarray(mask))
         for name in self.past:
             _, heads, _, width = self.inputs[name].shape
-            empty = _zeros((ids.shape[0], heads, 0, width), self.inputs[name].type, self.device)
+            empty = _buffer((ids.shape[0], heads, 0, width), self.inputs[name], self.device)
             self.binding.bind_ortvalue_input(name, empty)
         first = np.full((ids.shape[0], 1), self.start_token, np.int64)
         return self._run(first, [_present(name) for name in self.past], use_cache=False)
@@ -143,20 +142,23 @@ class Seq2SeqDecoding:
         *cache, logits = self.binding.get_outputs()
         for name, value in zip(kept, cache):
             self.binding.bind_ortvalue_input(name.replace("present", "past_key_values"), value)
-        last: np.ndarray = logits.numpy()[:, -1]
-        return last
+        return _last(logits)
+
+
+def _last(logits: Any) -> np.ndarray:
+    """Return the logits of the last token, (batch, vocabulary), as float32."""
+    return array_of(logits)[:, -1].astype(np.float32, copy=False)
 
 
 def _present(past: str) -> str:
     return past.replace("past_key_values", "present")
 
 
-def _zeros(shape: tuple[int, ...], kind: str, device: str) -> Any:
-    """Return a buffer of zeros on the device, of ONNX Runtime's element type `tensor(…)`."""
-    kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-    if kind not in kinds:
-        raise ConfigError(
-            f"a cache of {kind} cannot be made here; export with --dtype fp32 or fp16"
-        )
-    array = np.zeros(shape, kinds[kind])
-    return ort.OrtValue.ortvalue_from_numpy(array, device, 0)
+def _buffer(shape: tuple[int, ...], item: ort.NodeArg, device: str) -> Any:
+    """Return a buffer of zeros on the device, of the type of `item`."""
+    array = zeros(shape, item)
+    element = np_dtype_to_tensor_dtype(array.dtype)
+    value = ort.OrtValue.ortvalue_from_shape_and_type(shape, element, device, 0)
+    # as bits: of NumPy's types ONNX Runtime takes all but the bfloat16 that ml_dtypes adds
+    value.update_inplace(array.view(f"u{array.itemsize}"))
+    return value

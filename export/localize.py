@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from compress.checkpoint import Checkpoint
 from compress.signature import named_outputs
 from export.graph import MODULE
-from export.sessions import open_session
+from export.sessions import open_session, run
 from export.tolerance import allowed_errors, errors
 
 Calls = list[
@@ -28,6 +28,7 @@ def first_divergence(
     case: Mapping[str, Tensor],
     factor: float,
     dtype: torch.dtype = torch.float32,
+    provider: str = "cpu",
 ) -> str | None:
     """Return the innermost module whose output in the graph is off, with operator and statistics.
 
@@ -43,14 +44,13 @@ def first_divergence(
     called = [name for name in dict.fromkeys(names) if name in exits]
     mask = _mask(checkpoint, case)
     with tempfile.TemporaryDirectory() as folder:
-        session = _probed(graph, exits, Path(folder))
-        feed = {i.name: case[i.name].numpy() for i in session.get_inputs() if i.name in case}
+        session = _probed(graph, exits, Path(folder), provider)
         scope, found = "", None
         while inside := set(_inside(called, scope)):
-            asked = list(dict.fromkeys(v.name for name in inside for v in exits[name]))
-            values = dict(zip(asked, session.run(asked, feed)))
+            asked = list(dict.fromkeys(str(v.name) for name in inside for v in exits[name]))
+            values = run(session, case, asked)
             exact, own = (_calls(m, case, inside) for m in (double, checkpoint.module))
-            candidates = {name: [(v, values[v.name]) for v in exits[name]] for name in inside}
+            candidates = {name: [(v, values[str(v.name)]) for v in exits[name]] for name in inside}
             seen = {n for n, listed in exact if any(_comparable(candidates[n], y) for y in listed)}
             if seen < inside:
                 called = [name for name in called if name not in inside - seen]
@@ -83,13 +83,15 @@ def _exits(graph: ir.Model) -> dict[str, list[ir.Value]]:
     return exits
 
 
-def _probed(graph: ir.Model, exits: Mapping[str, list[ir.Value]], folder: Path) -> Any:
+def _probed(
+    graph: ir.Model, exits: Mapping[str, list[ir.Value]], folder: Path, provider: str
+) -> Any:
     """Return a session in which all those values can be asked for."""
     known = set(graph.graph.outputs)
     values = dict.fromkeys(value for listed in exits.values() for value in listed)
     graph.graph.outputs.extend(value for value in values if value not in known)
     ir.save(graph, folder / "probed.onnx", external_data="probed.onnx.data")
-    return open_session(folder / "probed.onnx", optimize=False)
+    return open_session(folder / "probed.onnx", provider, optimize=False, tf32=False)
 
 
 def _inside(called: list[str], scope: str) -> Iterator[str]:

@@ -68,19 +68,19 @@ def check_parity(
     with tempfile.TemporaryDirectory() as folder:
         plain = linearized(model, Path(folder, model.name)) if part.quantization else model
         for label, optimize in _SESSIONS:
-            session = open_session(plain, provider, optimize=optimize)
+            session = open_session(plain, provider, optimize=optimize, tf32=False)
             compared = compare(trial, session, progress)
             checks += _judge(trial, compared, graph, f"{provider} {label}")
             del session
         drift: dict[str, float] = {}
         if part.quantization:
             for label, optimize in _SESSIONS:
-                session = open_session(model, provider, optimize=optimize)
+                session = open_session(model, provider, optimize=optimize, tf32=False)
                 compared = compare(trial, session, progress)
                 checks += _judge_noise(trial, compared, graph, f"{provider} {label}")
                 drift = {f"{graph} {name}": value for name, value in compared.drift.items()}
                 del session
-        diverges = _diverges(trial, model, plain, checks)
+        diverges = _diverges(trial, model, plain, checks, provider)
     return ParityReport(tuple(checks), diverges, drift)
 
 
@@ -102,7 +102,9 @@ def _judge_noise(trial: Trial, compared: Compared, graph: str, session: str) -> 
         yield Check.of((graph, "all cases", session, output), told, found, allowed)
 
 
-def _diverges(trial: Trial, model: Path, plain: Path, checks: Iterable[Check]) -> str | None:
+def _diverges(
+    trial: Trial, model: Path, plain: Path, checks: Iterable[Check], provider: str
+) -> str | None:
     """Return the first module that is off, on the smallest case that shows it."""
     failed = [c for c in checks if not c.passed]
     if any(c.rule.startswith(BROKEN) for c in failed):
@@ -117,9 +119,9 @@ def _diverges(trial: Trial, model: Path, plain: Path, checks: Iterable[Check]) -
     double = copy.deepcopy(exact.module).double()
     if not numeric:
         case = min(trial.cases.values(), key=_size)
-        return first_divergence(trial.part, double, model, case, 2 * NOISE)
+        return first_divergence(trial.part, double, model, case, 2 * NOISE, provider=provider)
     case = min((trial.cases[c.case] for c in numeric if "plain" in c.session), key=_size)
-    return first_divergence(exact, double, plain, case, trial.factor, trial.dtype)
+    return first_divergence(exact, double, plain, case, trial.factor, trial.dtype, provider)
 
 
 def _size(case: Case) -> int:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from calib_data.errors import ModelError, ProviderError
 from compress.signature import Input, Kind, Signature
 from export.bundle import open_bundle
-from export.sessions import PROVIDERS, complete_feed, open_session
+from export.sessions import PROVIDERS, call, complete_feed, open_session
 
 SHAPE = (8, 128)  # (batch, length) of the samples; a model with fewer positions gets as many
 RUNS = 5  # counted per sample, after one that is not
@@ -180,7 +179,7 @@ def _inspect(
         try:
             for feed in feeds.values():
                 for _ in range(1 + RUNS):
-                    session.run(None, feed)
+                    call(session, feed)
         except Exception as error:  # the pybind exceptions have no common base
             raise ModelError(
                 f"{path} does not run on a sample of {shape[0]} × {shape[1]}: "
@@ -235,22 +234,22 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
                 yield from _nodes(inner)
 
 
-def _samples(signature: Signature, shape: tuple[int, int]) -> dict[str, dict[str, np.ndarray]]:
+def _samples(signature: Signature, shape: tuple[int, int]) -> dict[str, dict[str, Tensor]]:
     """Return inputs by the sample's name; with a cache, a prompt and the step after it."""
     batch, length = shape
     length = min(length, signature.longest or length)
     if not signature.has_past:
-        return {"sample": _arrays(signature, signature.sample(batch, length))}
+        return {"sample": _typed(signature, signature.sample(batch, length))}
     return {
-        "prompt": _arrays(signature, signature.sample(batch, length)),
-        "step": _arrays(signature, signature.sample(batch, 1, past=length - 1)),
+        "prompt": _typed(signature, signature.sample(batch, length)),
+        "step": _typed(signature, signature.sample(batch, 1, past=length - 1)),
     }
 
 
-def _arrays(signature: Signature, sample: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+def _typed(signature: Signature, sample: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the sample in the signature's dtypes."""
     kinds = {item.name: getattr(torch, item.dtype) for item in signature.inputs}
-    return {name: value.to(kinds[name]).numpy() for name, value in sample.items()}
+    return {name: value.to(kinds[name]) for name, value in sample.items()}
 
 
 # the names that exporters give inputs → what they hold, and the axes that may be dynamic

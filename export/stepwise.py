@@ -74,7 +74,9 @@ def check_across_calls(
         }
         for label, optimize in (("plain", False), ("optimized", True)):
             runs = {
-                name: functools.partial(run, open_session(path, provider, optimize=optimize))
+                name: functools.partial(
+                    run, open_session(path, provider, optimize=optimize, tf32=False)
+                )
                 for name, path in paths.items()
             }
             rule, error = "across calls", (float("inf"), float("inf"))

@@ -92,6 +92,12 @@ def optimized_operators(path: Path, folder: Path) -> Counter[str]:
     return operators(ir.load(folder / "optimized.onnx"))
 
 
+def cast(value: ir.Value, dtype: ir.DataType, output: ir.Value | None = None) -> ir.Node:
+    """Return a node that turns `value` into another type."""
+    outputs = None if output is None else [output]
+    return ir.node("Cast", [value], {"to": int(dtype)}, outputs=outputs)
+
+
 def initializer(model: ir.Model, suffix: str) -> ir.Value:
     """Return the one initializer whose name ends in `suffix`."""
     (found,) = (v for n, v in model.graph.initializers.items() if n.endswith(suffix))

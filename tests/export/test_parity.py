@@ -247,7 +247,8 @@ def test_optimization_that_is_wrong_is_blamed(
     right = save(graph_of("bert"), tmp_path)
     wrong = save(graph_of("bert"), tmp_path / "other", FLOAT["down"][0])
 
-    def opened(model: Any, provider: str = "cpu", optimize: bool = True) -> Any:
+    def opened(model: Any, provider: str, *, optimize: bool, tf32: bool) -> Any:
+        assert not tf32  # the float rule is not for TF32
         return open_session(wrong if optimize else right, provider, optimize=optimize)
 
     monkeypatch.setattr("export.parity.open_session", opened)

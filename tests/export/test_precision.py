@@ -1,15 +1,28 @@
+import copy
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
 
 from calib_data.errors import ConfigError
+from compress.checkpoint import Checkpoint
 from compress.quantize import QuantizeConfig, quantize
-from export.graph import ExportConfig
+from export.cases import parity_cases
+from export.graph import ExportConfig, build_graph
+from export.localize import first_divergence
+from export.placement import inspect_graphs
 from export.precision import in_precision, precision
 from export.publish import export_onnx
+from export.sessions import open_session
+from export.tolerance import allowances
+from export.trial import compare, make_trial
+from tests.export.graphs import cast, checkpoint_of, edit, save, weight_of
 from tests.tiny import tiny_checkpoint
+
+BFLOAT16, FLOAT = ir.DataType.BFLOAT16, ir.DataType.FLOAT
 
 
 @pytest.mark.parametrize(
@@ -50,3 +63,48 @@ def test_settings_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     quantized = quantize(checkpoint, QuantizeConfig()).checkpoint
     with pytest.raises(ConfigError, match="quantized"):
         in_precision(quantized, "fp16")
+
+
+def in_float_with_casts(checkpoint: Checkpoint) -> ir.Model:
+    """Return a bfloat16 model's graph that computes in float32, as the CPU provider can."""
+    wide = replace(checkpoint, module=copy.deepcopy(checkpoint.module).float())
+    model = build_graph(wide, ExportConfig())
+    (pixels,), (logits,) = model.graph.inputs, model.graph.outputs
+    given = ir.val(pixels.name, BFLOAT16, pixels.shape)
+    made = ir.val(logits.name, BFLOAT16, logits.shape)
+    pixels.name, logits.name = "wide_pixels", "wide_logits"
+    model.graph.inputs[0] = given
+    widening = cast(given, FLOAT)
+    pixels.replace_all_uses_with(widening.outputs[0])
+    model.graph.insert_before(model.graph[0], widening)
+    model.graph.append(cast(logits, BFLOAT16, made))
+    model.graph.outputs[0] = made
+    return model
+
+
+def test_bfloat16_is_compared_where_a_provider_runs_it(tmp_path: Path) -> None:
+    checkpoint = in_precision(checkpoint_of("vit"), "bf16")
+    model = in_float_with_casts(checkpoint)
+    path = save(model, tmp_path)
+    trial = make_trial(checkpoint, dict(parity_cases(checkpoint)), lambda: None)
+
+    def worst() -> float:
+        compared = compare(trial, open_session(path), lambda: None)
+        assert not compared.failures
+        allowed = allowances(trial.expected["logits"], trial.factor, trial.dtype)
+        found = compared.found["logits"]
+        return max(found[case][0] / allowed[case][0] for case in found)
+
+    assert worst() < 1
+    (placement,) = inspect_graphs(path).values()
+    assert placement.copies == 0
+    case = trial.cases["batch 3"]
+    double = copy.deepcopy(checkpoint.module).double()
+    assert first_divergence(checkpoint, double, path, case, trial.factor, trial.dtype) is None
+
+    weight = weight_of(model, "vit.layers.1.mlp.fc2")
+    save(model, tmp_path, lambda _: edit(weight, lambda a: np.multiply(a, 1.5, out=a)))
+    assert worst() > 1
+    found = first_divergence(checkpoint, double, path, case, trial.factor, trial.dtype)
+    assert found is not None
+    assert found.startswith("vit.layers.1.mlp.fc2"), found

@@ -1,13 +1,25 @@
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
 
 from calib_data.errors import ConfigError, ModelError, ProviderError
-from export.sessions import open_session, run, session_predict
-from tests.export.graphs import checkpoint_of, graph_of, save
+from export.sessions import (
+    PROVIDERS,
+    call,
+    complete_feed,
+    open_session,
+    provider_options,
+    run,
+    session_predict,
+)
+from tests.export.graphs import cast, checkpoint_of, graph_of, save
+
+BFLOAT16 = ir.DataType.BFLOAT16
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -63,6 +75,53 @@ def test_outputs_by_name_from_more_inputs_than_needed(tmp_path: Path) -> None:
     assert set(found) == {"logits"}
     again = session_predict(session)({k: v.numpy() for k, v in sample.items()})
     assert np.array_equal(again["logits"], found["logits"])
+
+
+def test_who_compares_gets_float32_products() -> None:
+    for provider, name in PROVIDERS.items():
+        assert provider_options(provider) == [(name, {})]
+    assert provider_options("cuda", tf32=False) == [(PROVIDERS["cuda"], {"use_tf32": "0"})]
+    assert provider_options("cpu", tf32=False) == [(PROVIDERS["cpu"], {})]
+
+
+def halved(folder: Path) -> Path:
+    """Write a graph from bfloat16 to bfloat16 that also takes an offset and gives float32."""
+    x = ir.val("pixel_values", BFLOAT16, ["batch", 3])
+    offset = ir.val("offset", ir.DataType.FLOAT, [3])
+    half, whole = ir.val("half", BFLOAT16, ["batch", 3]), ir.val("whole", ir.DataType.FLOAT)
+    wide = cast(x, ir.DataType.FLOAT)
+    nodes = [wide, ir.node("Add", [wide.outputs[0], offset], outputs=[whole])]
+    nodes.append(cast(whole, BFLOAT16, half))
+    graph = ir.Graph([x, offset], [half, whole], nodes=nodes, opset_imports={"": 23})
+    return save(ir.Model(graph, ir_version=10), folder)
+
+
+def test_bfloat16_goes_in_as_any_floats_and_comes_out_as_float32(tmp_path: Path) -> None:
+    session = open_session(halved(tmp_path))
+    x = torch.tensor([[1.0, -2.5, 3.14159], [0.0, 1e30, 7e-20]])
+    rounded = x.bfloat16().float().numpy()
+    offset = np.zeros(3, np.float32)
+    for given in (x, x.bfloat16(), x.numpy(), x.numpy().astype(ml_dtypes.bfloat16)):
+        found = run(session, {"pixel_values": given, "offset": offset})
+        assert {name: value.dtype for name, value in found.items()} == {
+            "half": np.float32,
+            "whole": np.float32,
+        }
+        np.testing.assert_array_equal(found["half"], rounded)
+    assert set(run(session, {"pixel_values": x, "offset": offset}, ["half"])) == {"half"}
+    transposed = x.T.bfloat16().T  # not contiguous
+    found = run(session, {"pixel_values": transposed, "offset": offset})
+    np.testing.assert_array_equal(found["half"], rounded)
+
+
+def test_a_bfloat16_output_outlives_its_session(tmp_path: Path) -> None:
+    session = open_session(halved(tmp_path))
+    feed = complete_feed(session, {"pixel_values": torch.ones(2, 3), "offset": np.ones(3, "f")})
+    half, _ = call(session, feed)
+    del session
+    assert half.dtype == ml_dtypes.bfloat16
+    assert (half == 2).all()
+    assert half.flags.writeable
 
 
 def test_settings_reach_the_session(tmp_path: Path) -> None:
