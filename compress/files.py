@@ -15,6 +15,7 @@ import psutil
 from calib_data.errors import DestinationError, ModelError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_REFUSED = {errno.EROFS, errno.EFBIG}  # the latter: 4 GB on FAT, or a limit of the user's
 _UNUSABLE = (PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError)
 
 
@@ -58,7 +59,7 @@ def destination_errors(destination: Path) -> Iterator[None]:
             raise DestinationError(
                 f"no space left while writing {destination}; free some or choose another place"
             ) from error
-        if isinstance(error, _UNUSABLE) or error.errno == errno.EROFS:
+        if isinstance(error, _UNUSABLE) or error.errno in _REFUSED:
             raise DestinationError(
                 f"cannot write {destination} ({error.strerror}); choose a writable place"
             ) from error

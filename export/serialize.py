@@ -1,7 +1,8 @@
 """Writing a graph without holding its weights a second and third time."""
 
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -12,6 +13,7 @@ import onnx_ir as ir
 # protobuf holds 2 GiB; past this the weights go beside the graph
 EXTERNAL_DATA_BYTES = 2**31 - 2**24
 _STREAMED = 1024  # bytes from which a weight is written on its own
+_PAGE, _PAGED = 2**16, 2**20  # a weight of 1 MB starts on a page, so that it can be mapped as it is
 
 # field numbers of onnx.proto: ModelProto.graph, GraphProto.initializer, TensorProto.raw_data
 _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
@@ -25,15 +27,17 @@ def write_model(model: ir.Model, path: Path, external_over: int = EXTERNAL_DATA_
     same wire format, straight from where it lies (protobuf.dev/programming-guides/encoding).
     """
     weights = [v for v in model.graph.initializers.values() if v.const_value is not None]
-    if sum(v.const_value.nbytes for v in weights if v.const_value) > external_over:
-        ir.save(model, path, external_data=f"{path.name}.data")
-        return
     streamed = [
         v for v in weights if v.const_value and v.const_value.nbytes >= _STREAMED and _raw(v)
     ]
     tensors = [v.const_value for v in streamed if v.const_value is not None]
+    if sum(v.const_value.nbytes for v in weights if v.const_value) > external_over:
+        places = _write_data(streamed, path.with_name(f"{path.name}.data"))
+        with _holding(streamed, places):
+            path.write_bytes(ir.to_proto(model).SerializeToString())
+        return
     heads = [_head(str(v.name), t) for v, t in zip(streamed, tensors)]
-    with _without(streamed):
+    with _holding(streamed, [None] * len(streamed)):
         proto = ir.to_proto(model)
     graph = proto.graph.SerializeToString()
     proto.ClearField("graph")
@@ -47,6 +51,28 @@ def write_model(model: ir.Model, path: Path, external_over: int = EXTERNAL_DATA_
             file.write(_field(_INITIALIZER, length))
             file.write(head)
             _write_raw(tensor, file)
+
+
+def _write_data(values: list[ir.Value], path: Path) -> list[ir.ExternalTensor]:
+    """Write the weights into a file of their own and return where each stands in it.
+
+    onnx_ir would write them with NumPy's `tofile`, which does not tell a full disk from other errors.
+    """
+    places = []
+    with path.open("wb") as file:
+        for value in values:
+            tensor = value.const_value
+            assert tensor is not None
+            if tensor.nbytes >= _PAGED:
+                file.seek(-file.tell() % _PAGE, os.SEEK_CUR)
+            places.append(
+                ir.ExternalTensor(
+                    path.name, file.tell(), tensor.nbytes, tensor.dtype,
+                    shape=ir.Shape(tensor.shape.numpy()), name=str(value.name), base_dir=path.parent,
+                )
+            )  # fmt: skip
+            _write_raw(tensor, file)
+    return places
 
 
 def _raw(value: ir.Value) -> bool:
@@ -78,14 +104,16 @@ def _varint(value: int) -> bytes:
 
 
 @contextmanager
-def _without(values: list[ir.Value]) -> Iterator[None]:
-    """Take the contents off `values` for a while."""
+def _holding(
+    values: list[ir.Value], contents: Sequence[ir.ExternalTensor | None]
+) -> Iterator[None]:
+    """Give `values` other contents, or none, for a while."""
     kept = [value.const_value for value in values]
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)  # onnx_ir warns of each
     try:
-        for value in values:
-            value.const_value = None
+        for value, content in zip(values, contents):
+            value.const_value = content
         yield
     finally:
         logging.disable(level)

@@ -128,6 +128,15 @@ def test_full_disk(tmp_path: Path, error: Exception) -> None:
     assert names(tmp_path) == []
 
 
+def test_file_too_large(tmp_path: Path) -> None:
+    with (
+        pytest.raises(DestinationError, match="File too large"),
+        staged_directory(tmp_path / "out"),
+    ):
+        raise OSError(errno.EFBIG, "File too large")
+    assert names(tmp_path) == []
+
+
 def test_other_errors_pass_through(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="strange"), staged_directory(tmp_path / "out"):
         raise OSError(errno.EIO, "strange")

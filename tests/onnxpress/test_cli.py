@@ -2,8 +2,12 @@
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -140,6 +144,56 @@ def test_wrong_input_is_one_line_and_a_code(
     assert "Traceback" not in result.output
     assert not out.exists()
     assert not list(tmp_path.glob(".*")), "something half-written was left"
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Let the system refuse what would make any file larger: a write fails halfway, for real."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("external", [False, True], ids=["graph", "external data"])
+def test_a_write_that_fails_halfway_leaves_nothing(
+    external: bool, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if external:
+        monkeypatch.setattr("export.bundle.EXTERNAL_DATA_BYTES", 10_000)
+    command = ("export", "onnx", place / "classifier", "-o", tmp_path / "out")
+    with largest_file(60_000):
+        result = invoke(*command)
+    assert result.exit_code == 8, result.output
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert f"cannot write {tmp_path / 'out'}" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("external", [10**9, 10_000], ids=["graph", "external data"])
+@pytest.mark.exhaustive
+@pytest.mark.slow
+def test_a_full_disk_leaves_nothing(external: int, place: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = f"mount -t tmpfs -o size=60k tmpfs {disk}"
+    namespace = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    if not shutil.which("unshare") or subprocess.run([*namespace, mount], check=False).returncode:
+        pytest.skip("this system lets a test mount no file system of its own")
+    code = (
+        f"import export.bundle; export.bundle.EXTERNAL_DATA_BYTES = {external}; "
+        "from onnxpress.cli import main; main()"
+    )
+    words = ("export", "onnx", place / "classifier", "-o", disk / "out")
+    command = shlex.join(map(str, (sys.executable, "-c", code, *words)))
+    line = f"{mount}; {command}; code=$?; ls -A {disk}; exit $code"
+    done = subprocess.run([*namespace, line], capture_output=True, text=True, check=False)
+    assert done.returncode == 8, done.stderr
+    assert f"no space left while writing {disk / 'out'}" in done.stderr.splitlines()[-1]
+    assert done.stdout == ""
 
 
 def test_labels_out_of_range_are_refused(place: Path, tmp_path: Path) -> None:
