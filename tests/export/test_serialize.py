@@ -1,12 +1,16 @@
+import shutil
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+import psutil
 import pytest
 
-from export.serialize import _varint, write_model
+from export.graph import ExportConfig, build_graph
+from export.serialize import EXTERNAL_DATA_BYTES, _varint, write_model
 from tests.export.graphs import checkpoint_of, graph_of, run_graph
+from tests.tiny import tiny_checkpoint
 
 
 @pytest.mark.parametrize(("name", "int8"), [("vit", False), ("classifier", True), ("llama", False)])
@@ -41,6 +45,31 @@ def test_large_weights_go_beside_the_graph(tmp_path: Path) -> None:
     sample = checkpoint_of("vit").signature.sample(2)
     for name, array in run_graph(tmp_path / "whole.onnx", sample).items():
         np.testing.assert_array_equal(run_graph(tmp_path / "split.onnx", sample)[name], array)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow
+def test_a_model_past_what_protobuf_holds(tmp_path: Path) -> None:
+    """2.6 GB of weights, most of them a vocabulary: the last rows lie beyond 2 GiB of the file."""
+    if shutil.disk_usage(tmp_path).free < 12e9:
+        pytest.skip("less than 12 GB of disk are free")
+    if psutil.virtual_memory().available < 16e9:
+        pytest.skip("less than 16 GB of memory are free")
+    rows = 1_250_000
+    checkpoint = tiny_checkpoint("bert", vocab_size=rows, hidden_size=512, num_hidden_layers=1)
+    sample = checkpoint.signature.sample(3, 17, ragged=True)
+    sample["input_ids"][0, -3:] = rows - 1
+    expected = checkpoint.predict(sample)
+    path = tmp_path / "model.onnx"
+    write_model(build_graph(checkpoint, ExportConfig()), path)
+    del checkpoint
+    assert path.stat().st_size < 10e6
+    assert path.with_name("model.onnx.data").stat().st_size > EXTERNAL_DATA_BYTES
+    onnx.checker.check_model(str(path))
+    for name, found in run_graph(path, sample, optimize=True).items():
+        # rounding over sums of 512; a row from the wrong place would be off by about 1
+        np.testing.assert_allclose(found, expected[name], atol=1e-5)
+    path.with_name("model.onnx.data").unlink()
 
 
 def test_lengths_are_written_as_protobuf_wants_them() -> None:
