@@ -134,8 +134,14 @@ def _open_graph(model: str, provider: str, threads: int) -> Loaded:
     path = Path(model)
     session = open_session(path / "model.onnx" if path.is_dir() else path, provider, threads)
     names = [item.name for item in session.get_outputs()]
+    half = {item.name for item in session.get_inputs() if item.type == "tensor(float16)"}
+
+    def prepare(batch: Arrays) -> Arrays:  # all variants get one sample, whatever their precision
+        cast = {k: v.astype(np.float16) if k in half else v for k, v in batch.items()}
+        return complete_feed(session, cast)
+
     return Loaded(
-        prepare=lambda batch: complete_feed(session, batch),
+        prepare=prepare,
         run=lambda feed: call(session, feed),
         collect=lambda outputs: {
             name: widened(value)

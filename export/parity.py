@@ -7,6 +7,7 @@ of the last (`export.stepwise`), and the weights are looked up among the source'
 """
 
 import copy
+import gc
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -64,6 +65,7 @@ def check_parity(
     ]
     appends = any(node.op_type == "GroupQueryAttention" for node in stored.graph)
     del stored
+    gc.collect()  # nodes and values hold each other, and the weights with them
     trial = make_trial(part, dict(parity_cases(part, batched_chunks=not appends)), progress)
     with tempfile.TemporaryDirectory() as folder:
         plain = linearized(model, Path(folder, model.name)) if part.quantization else model

@@ -36,6 +36,20 @@ def test_a_graph_opens_from_a_file_and_a_directory(tmp_path: Path, name: str) ->
     assert loaded.providers == ("CPUExecutionProvider",)
 
 
+def test_a_graph_in_half_precision_takes_the_sample_of_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "half.onnx"
+    value = [helper.make_tensor_value_info(n, TensorProto.FLOAT16, ["batch", 2]) for n in "xy"]
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["y"])], "g", [value[0]], [value[1]]
+    )
+    save(helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 20)]), path)
+    loaded = RUNTIMES["onnx"].open(str(path), "cpu", 1)
+    sample = np.array([[1.0, 2.5]], np.float32)
+    (found,) = loaded.collect(loaded.run(loaded.prepare({"x": sample}))).values()
+    assert found.dtype == np.float16
+    assert found.tolist() == sample.tolist()
+
+
 def test_what_is_not_there_is_told_before_measuring(tmp_path: Path) -> None:
     for runtime in ("onnx", "pytorch"):
         with pytest.raises(ModelError):
