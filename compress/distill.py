@@ -14,7 +14,7 @@ from compress import losses
 from compress.checkpoint import Checkpoint, StageResult, parameter_count, weights_sha256
 from compress.config import StageConfig, require
 from compress.students import captured_layers, evenly_spaced, layer_stack
-from compress.training import TrainConfig, train_
+from compress.training import TrainConfig, train_, units
 
 LOSSES = ("logits", "hidden", "embedding", "similarity")
 # what is matched when --losses is not given, by the task's output
@@ -71,8 +71,8 @@ def distill(
     for parameter in trained.module.parameters():
         parameter.requires_grad_(True)
 
-    def loss_of(batch: Mapping[str, Tensor]) -> Tensor:
-        return distillation_loss(teacher, trained, batch, weights, config)
+    def loss_of(batch: Mapping[str, Tensor], step: Mapping[str, float]) -> dict[str, Tensor]:
+        return distillation_terms(teacher, trained, batch, weights, config, step)
 
     log = train_(trained.module, loss_of, batches, config.train, progress)
     teacher.module.cpu()
@@ -96,14 +96,18 @@ def distill(
     )
 
 
-def distillation_loss(
+def distillation_terms(
     teacher: Checkpoint,
     student: Checkpoint,
     batch: Mapping[str, Tensor],
     weights: Mapping[str, float],
     config: DistillConfig,
-) -> Tensor:
-    """Return the weighted sum of the chosen losses on one batch, a scalar."""
+    step: Mapping[str, float] | None = None,
+) -> dict[str, Tensor]:
+    """Return the chosen losses on one batch, weighted, each a scalar.
+
+    `step` are the units of the whole step (`training.units`); None: of this batch alone.
+    """
     layers = "hidden" in weights
     with torch.no_grad():
         theirs, their_layers = _run(teacher, batch, layers)
@@ -128,7 +132,14 @@ def distillation_loss(
                 for i, j in enumerate(layer_map(len(my_layers), len(their_layers)))
             ]
         ).mean()
-    return torch.stack([weights[name] * value for name, value in parts.items()]).sum()
+    own = units(batch)
+    whole = step or own
+    kind = {"logits": "tokens" if mine["logits"].dim() == 3 else "rows"} if "logits" in mine else {}
+    kind |= {"embedding": "rows", "similarity": "rows", "hidden": "tokens"}
+    return {
+        name: weights[name] * own[kind[name]] / whole[kind[name]] * value
+        for name, value in parts.items()
+    }
 
 
 def layer_map(student: int, teacher: int) -> list[int]:

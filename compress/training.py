@@ -1,5 +1,6 @@
 """The one training loop: distillation, healing and fine-tuning hand it a loss and batches."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,29 @@ class TrainConfig(StageConfig):
         one_of("--precision", self.precision, ("no", "bf16", "fp16"))
 
 
+# One batch, and the units of the whole step it belongs to, in; the named terms of the loss out.
+LossOf = Callable[[Mapping[str, Tensor], Mapping[str, float]], dict[str, Tensor]]
+
+
+def units(batch: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return what the terms of a loss are means over, counted in one batch.
+
+    `rows`; `tokens` that are not padding; `next`, the tokens that follow another; `labels` that are
+    not −100. A term is its sum divided by the *step's* units, so that a step of several batches, or
+    of several processes, has the gradient of one large batch.
+    """
+    first = next(iter(batch.values()))
+    found = {"rows": float(first.shape[0]), "tokens": float(first.shape[0])}
+    if "attention_mask" in batch:
+        found["tokens"] = float(batch["attention_mask"].sum())
+    elif "input_ids" in batch:
+        found["tokens"] = float(batch["input_ids"].numel())
+    found["next"] = found["tokens"] - found["rows"]
+    if "labels" in batch:
+        found["labels"] = float((batch["labels"] != -100).sum())
+    return found
+
+
 @dataclass(frozen=True)
 class TrainLog:
     """What happened: the loss of every step, and how many epochs they made."""
@@ -57,12 +81,12 @@ class TrainLog:
 
 def train_(
     module: nn.Module,
-    loss_of: Callable[[Mapping[str, Tensor]], Tensor],
+    loss_of: LossOf,
     batches: Batches,
     config: TrainConfig,
     progress: Callable[[float], None] = lambda loss: None,
 ) -> TrainLog:
-    """Train `module` in place on `loss_of(batch)` and leave it in eval mode.
+    """Train `module` in place on the sum of `loss_of`'s terms and leave it in eval mode.
 
     `progress` is told each step's loss. Raises `TrainingError` for a loss that is not finite or a
     batch that does not fit in memory, `DataError` for no batches.
@@ -85,11 +109,15 @@ def train_(
         for step in range(config.steps):
             total = 0.0
             optimizer.zero_grad()
-            for _ in range(config.accumulate):
-                batch = {k: v.to(accelerator.device) for k, v in next(stream).items()}
+            parts = [next(stream) for _ in range(config.accumulate)]
+            step_units: Counter[str] = Counter()
+            for part in parts:
+                step_units.update(units(part))
+            for part in parts:
+                batch = {k: v.to(accelerator.device) for k, v in part.items()}
                 seen += 1
                 with accelerator.autocast():
-                    loss = loss_of(batch) / config.accumulate
+                    loss = torch.stack(list(loss_of(batch, step_units).values())).sum()
                 accelerator.backward(loss)
                 total += float(loss.detach())
             if not torch.isfinite(torch.tensor(total)):

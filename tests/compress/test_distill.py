@@ -3,7 +3,7 @@ import pytest
 
 from calib_data.errors import ModelError
 from compress.checkpoint import Checkpoint, weights_sha256
-from compress.distill import DistillConfig, distill, distillation_loss, layer_map
+from compress.distill import DistillConfig, distill, distillation_terms, layer_map
 from compress.losses import soft_cross_entropy
 from compress.quantize import QuantizeConfig, quantize
 from compress.students import student_from_layers
@@ -65,7 +65,7 @@ def test_pruned_student_heals() -> None:
 def test_loss_of_the_teacher_itself_is_zero() -> None:
     teacher = tiny_checkpoint("bert")
     batch = next(iter(tiny_batches()))
-    loss = distillation_loss(teacher, teacher, batch, {"hidden": 1.0}, DistillConfig())
+    loss = distillation_terms(teacher, teacher, batch, {"hidden": 1.0}, DistillConfig())["hidden"]
     assert float(loss.detach()) == 0
 
 
@@ -76,7 +76,8 @@ def test_weights_and_alpha_weigh() -> None:
 
     def loss(alpha: float, **weights: float) -> float:
         config = DistillConfig(alpha=alpha, temperature=2.0)
-        return float(distillation_loss(teacher, student, batch, weights, config).detach())
+        terms = distillation_terms(teacher, student, batch, weights, config)
+        return sum(float(value.detach()) for value in terms.values())
 
     soft, hard, hidden = loss(1, logits=1.0), loss(0, logits=1.0), loss(1, hidden=1.0)
     expected = soft_cross_entropy(

@@ -21,10 +21,10 @@ def classifier() -> Checkpoint:
 
 
 def fit(checkpoint: Checkpoint, config: TrainConfig, batch_size: int = 4) -> TrainLog:
-    def loss_of(batch: Mapping[str, Tensor]) -> Tensor:
+    def loss_of(batch: Mapping[str, Tensor], step: Mapping[str, float]) -> dict[str, Tensor]:
         loss = hard_loss("class", checkpoint.forward(batch), batch)
         assert loss is not None
-        return loss
+        return {"hard": loss * len(batch["labels"]) / step["labels"]}
 
     batches = tiny_batches(8, batch_size, label=LABELS)
     return train_(checkpoint.module, loss_of, batches, config)
@@ -65,7 +65,7 @@ def test_loss_that_is_not_finite_stops() -> None:
     with pytest.raises(TrainingError, match="loss is nan at step 0; lower --lr") as caught:
         train_(
             checkpoint.module,
-            lambda batch: checkpoint.forward(batch)["logits"].sum() * float("nan"),
+            lambda batch, _: {"hard": checkpoint.forward(batch)["logits"].sum() * float("nan")},
             tiny_batches(),
             TrainConfig(steps=3),
         )
