@@ -146,7 +146,7 @@ def inspect_graphs(
 
 def _graphs(path: Path) -> dict[str, tuple[Path, Signature | None]]:
     """Return the graphs by name, each with its signature if that is known."""
-    if path.suffix != ".onnx":
+    if not path.is_file():
         return {
             name: (graph.path, graph.signature) for name, graph in open_bundle(path).graphs.items()
         }
