@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from calib_data.batches import ImageShape
 from calib_data.errors import ConfigError, ModelError
 from compress.files import read_json, write_json
+from compress.sentence import SentenceEncoder, current_files
 from compress.signature import Signature, named_outputs
 from compress.tasks import CUSTOM, TASKS, Task
 from compress.versions import versions
@@ -165,7 +166,10 @@ def save_processor(checkpoint: Checkpoint, directory: Path) -> None:
     if checkpoint.processor is not None and not isinstance(checkpoint.processor, ImageShape):
         checkpoint.processor.save_pretrained(directory)
         _name_tokenizer_for_all(directory / "tokenizer_config.json")
-    for name, content in checkpoint.sidecars.items():
+    files = checkpoint.sidecars
+    if isinstance(checkpoint.module, SentenceEncoder):
+        files = current_files(checkpoint.module, files)
+    for name, content in files.items():
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
