@@ -1,5 +1,6 @@
 """Encoding examples once, and handing them out as batches of tensors with little padding."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,8 @@ from calib_data.sources import Examples
 # One batch in, named outputs out: the form in which every model, of whatever runtime, is measured.
 Predict = Callable[[Mapping[str, Tensor]], Mapping[str, np.ndarray]]
 
-TARGETS = ("labels", "scores")  # what a batch carries besides the inputs of the model
+ROWS = "rows"  # (B,) int64, the examples that a batch holds, where `Batches.numbered` is asked
+TARGETS = ("labels", "scores", ROWS)  # what a batch carries besides the inputs of the model
 POOL = 50  # batches that are sorted together when shuffling
 
 
@@ -97,6 +99,12 @@ class Batches:
         for rows in self._plan(epoch):
             targets = {name: values[rows] for name, values in self._targets.items()}
             yield self._content.batch(rows) | targets
+
+    def numbered(self) -> "Batches":
+        """Return these batches, each saying in `rows` (B,) int64 which examples it holds."""
+        numbered = copy.copy(self)
+        numbered._targets = {**self._targets, ROWS: torch.arange(len(self.lengths))}
+        return numbered
 
     @property
     def lengths(self) -> np.ndarray:
@@ -248,7 +256,7 @@ def _as_bytes(image: np.ndarray, channels: int) -> np.ndarray:
 
 
 def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the batch without labels and scores, which are not for the model to see."""
+    """Return the batch without labels, scores and row numbers, which are not for the model to see."""
     return {name: value for name, value in batch.items() if name not in TARGETS}
 
 
