@@ -19,6 +19,7 @@ Predict = Callable[[Mapping[str, Tensor]], Mapping[str, np.ndarray]]
 
 ROWS = "rows"  # (B,) int64, the examples that a batch holds, where `Batches.numbered` is asked
 TARGETS = ("labels", "scores", ROWS)  # what a batch carries besides the inputs of the model
+TEACHER = "teacher_"  # how the inputs begin that are for a teacher with a processor of its own
 POOL = 50  # batches that are sorted together when shuffling
 
 

@@ -77,7 +77,7 @@ class _Widths:
 def build(model: Any, config: Any, device: str = "cpu") -> Any:
     """Return a fresh float32 model of the class of `model` with the sizes in `config`."""
     with torch.random.fork_rng(devices=[]), torch.device(device):
-        return type(model)._from_config(config, dtype=torch.float32)
+        return type(model)._from_config(copy.deepcopy(config), dtype=torch.float32)
 
 
 def student_config(model: Any, kept: Mapping[str, Sequence[int]], shape: StudentShape) -> Any:
@@ -91,7 +91,7 @@ def student_config(model: Any, kept: Mapping[str, Sequence[int]], shape: Student
     _keep_layers_(config, kept)
     if not shape.narrows:
         return config
-    old = _widths(model, copy.deepcopy(config))
+    old = _widths(model, config)
     if shape.ffn and len(old.ffn) > 1:
         raise ModelError(
             f"feed-forward widths differ within the model ({_list(sorted(old.ffn))}), so one --ffn "

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calib_data.batches import ROWS, Batches, model_inputs
+from calib_data.batches import ROWS, TEACHER, Batches, model_inputs
 from calib_data.errors import ConfigError, ModelError
 from compress.checkpoint import Checkpoint, weights_sha256
 from compress.observe import QKV, Observed, Observer
 from compress.row_store import Layout, RowStore, checksum
 from compress.versions import versions
 
+_MASK = "attention_mask"
 _QKV = ("query", "key", "value")
 _CHANGED = (
     "row {} of the data has other inputs than before, as with random masking, so the teacher's answer "
@@ -149,16 +150,22 @@ class TeacherCache:
 
     def _places(self, batch: Mapping[str, Tensor]) -> list["_Place"]:
         inputs = {k: v.cpu().numpy() for k, v in sorted(model_inputs(batch).items())}
-        mask = inputs.get("attention_mask")
+        seen = {
+            k.removesuffix(_MASK): v.astype(bool) for k, v in inputs.items() if k.endswith(_MASK)
+        }
         places = []
         for i, row in enumerate(batch[ROWS].tolist()):
             length = int(self._lengths[row])
-            start = 0 if mask is None else int(mask[i].argmax())
+            start = int(seen[""][i].argmax()) if "" in seen else 0
             tokens = slice(start, start + length)
-            if mask is not None and not mask[i].sum() == mask[i, tokens].sum() == length:
+            if "" in seen and not seen[""][i].sum() == seen[""][i, tokens].sum() == length:
                 raise ConfigError(_CHANGED.format(row))
-            # texts without their padding, which differs from batch to batch
-            given = checksum(v[i, tokens] if v.ndim == 2 else v[i] for v in inputs.values())
+            # without padding, which differs from batch to batch
+            given = checksum(
+                value[i][seen[prefix][i]] if (prefix := _prefix(name)) in seen and value.ndim == 2
+                else value[i]
+                for name, value in inputs.items()
+            )  # fmt: skip
             places.append(_Place(i, row, tokens, given))
         return places
 
@@ -194,6 +201,11 @@ class TeacherCache:
             value = torch.from_numpy(made).to(batch[ROWS].device)
             found[name] = value if axis is None else value.movedim(1, axis)
         return found
+
+
+def _prefix(name: str) -> str:
+    """Return how the name of an input begins that is for a teacher with a tokenizer of its own."""
+    return TEACHER if name.startswith(TEACHER) else ""
 
 
 @dataclass(frozen=True)

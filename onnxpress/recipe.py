@@ -244,17 +244,19 @@ def _names(kind: type) -> set[str]:
 
 def _distill(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) -> dict[str, Any]:
     from compress.distill import DistillConfig
+    from compress.sizes import StudentShape
     from compress.training import TrainConfig
 
-    own = {"data", "teacher", "layers"}
+    shape = StudentShape.from_json(_take(settings, StudentShape))
+    own = {"data", "teacher"} | _names(StudentShape)
     _check_settings(settings, own, _names(DataChoice), _names(DistillConfig), _names(TrainConfig))
     train = TrainConfig.from_json({**_take(settings, TrainConfig), "seed": run.seed})
     config = DistillConfig.from_json({**_take(settings, DistillConfig), "train": train})
     teacher = ModelChoice(settings.get("teacher", recipe.model))
-    student = None if "layers" in settings else ModelChoice(settings["from"])
+    student = None if shape else ModelChoice(settings["from"])
     return stages.distill_model(
         teacher if student else ModelChoice(settings["from"]),
-        student, settings.get("layers"), _data(settings), config, out, run,
+        student, shape, _data(settings), config, out, run,
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from compress.distill import DistillConfig
     from compress.prune import PruneConfig
     from compress.quantize import QuantizeConfig
+    from compress.sizes import StudentShape
     from export.graph import ExportConfig
 
 Advance = Callable[..., None]
@@ -100,28 +101,31 @@ class ReportChoice:
 def distill_model(
     teacher: ModelChoice,
     student: ModelChoice | None,
-    layers: int | None,
+    shape: "StudentShape",
     data: DataChoice,
     config: "DistillConfig",
     out: Path,
     run: Run,
 ) -> dict[str, Any]:
-    """Train a student, from a directory or from the teacher's own layers, and write it."""
+    """Train a student, from a directory or made of the teacher in `shape`, and write it."""
     from compress.checkpoint import save_checkpoint
     from compress.distill import distill
     from compress.files import staged_directory
-    from compress.students import evenly_spaced, layer_stack, student_from_layers
+    from compress.students import make_student
 
-    if (student is None) == (layers is None):
-        raise ConfigError("name either --student or --layers")
+    if (student is None) == (not shape):
+        raise ConfigError(
+            "name either --student or what it has of the teacher: --layers, --keep-layers, --hidden, "
+            "--heads, --ffn"
+        )
     with staged_directory(out, run.overwrite) as staging:
         source = teacher.open()
+        batches = data.batches(source, run.seed, shuffle=True)
         if student is not None:
             start = student.open()
         else:
-            keep = evenly_spaced(len(layer_stack(source.backbone)[1]), layers or 0)
-            start = student_from_layers(source, keep)
-        batches = data.batches(source, run.seed, shuffle=True)
+            with run.progress("student", None) as advance:
+                start = make_student(source, shape, batches, run.seed, advance)
         with run.progress("distill", config.train.steps) as advance:
             result = distill(source, start, batches, config, advance)
         save_checkpoint(result.checkpoint, staging)

@@ -1,7 +1,7 @@
 """`compress distill | prune | quantize | inspect`."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,7 @@ from onnxpress.cli.options import (
     data_options,
     model_argument,
     out_option,
+    student_options,
     task_option,
     trust_option,
 )
@@ -24,6 +25,9 @@ from onnxpress.stages import (
     quantize_model,
 )
 
+if TYPE_CHECKING:
+    from compress.sizes import StudentShape
+
 
 @click.group(cls=Group)
 def compress_group() -> None:
@@ -33,7 +37,7 @@ def compress_group() -> None:
 @compress_group.command("distill")
 @click.option("--teacher", required=True, help="The model to learn from.")
 @click.option("--student", help="The model that learns: a directory, pruned or not.")
-@click.option("--layers", type=int, help="Or: this many of the teacher's layers, evenly spaced.")
+@student_options
 @data_options
 @task_option
 @trust_option
@@ -51,7 +55,7 @@ def compress_group() -> None:
 def distill_command(
     teacher: str,
     student: str | None,
-    layers: int | None,
+    shape: "StudentShape",
     data: DataChoice,
     task: str | None,
     trust_remote_code: bool,
@@ -78,7 +82,7 @@ def distill_command(
     result = distill_model(
         ModelChoice(teacher, task, trust_remote_code),
         ModelChoice(student, task, trust_remote_code) if student else None,
-        layers,
+        shape,
         data,
         config,
         out,
