@@ -105,9 +105,9 @@ class RowStore:
         """
         with destination_errors(self._folder):
             for name, array in self._arrays.items():
-                array.write(self._span(name, row).start, values[name])
+                array.write(self._span(name, row), values[name])
             mark = np.array([[1, given, checksum(values[name] for name in self._arrays)]])
-            self._marks.write(row, mark)
+            self._marks.write(slice(row, row + 1), mark)
         self._checked[row] = True
 
     def _span(self, name: str, row: int) -> slice:
@@ -118,7 +118,7 @@ class RowStore:
     def _check_room(self, reached: float) -> None:
         rows, tokens = len(self._lengths), int(self._starts[-1])
         whole = sum(layout.bytes(rows, tokens) for layout in self._layouts.values())
-        present = sum(_blocks(path) for path in self._folder.glob("*.npy"))
+        present = sum(_on_disk(path) for path in self._folder.glob("*.npy"))
         needed = int(min(reached, 1.0) * whole) - present
         free = shutil.disk_usage(self._folder).free - _SPARE
         if needed > free:
@@ -159,19 +159,23 @@ class _Array:
     """An array on disk that is read through a map and written by calls."""
 
     def __init__(self, path: Path) -> None:
-        self.view: np.memmap = np.lib.format.open_memmap(path, mode="r")
+        try:
+            self.view: np.memmap = np.lib.format.open_memmap(path, mode="r")
+        except ValueError as error:  # of Python objects, which would be unpickled, or no array
+            raise ModelError(f"{path} cannot be read as an array ({error}); remove it") from error
         self._file = path.open("r+b")
 
-    def write(self, start: int, values: np.ndarray) -> None:
-        """Write `values` from the entry `start` on."""
+    def write(self, span: slice, values: np.ndarray) -> None:
+        """Write `values` where `span` is."""
         values = np.ascontiguousarray(values, dtype=self.view.dtype)
-        if values.shape[1:] != self.view.shape[1:]:
+        expected = (span.stop - span.start, *self.view.shape[1:])
+        if values.shape != expected:
             raise ModelError(
-                f"the teacher's answer has the shape {values.shape[1:]}, and before it had "
-                f"{self.view.shape[1:]}; it cannot be cached"
+                f"the teacher's answer has the shape {values.shape}, and {expected} was expected; "
+                "it cannot be cached"
             )
         entry = self.view.itemsize * math.prod(self.view.shape[1:])
-        self._file.seek(self.view.offset + start * entry)
+        self._file.seek(self.view.offset + span.start * entry)
         self._file.write(values.tobytes())
         self._file.flush()
 
@@ -196,6 +200,6 @@ def _plain(header: Mapping[str, Any]) -> Any:
     return json.loads(json.dumps(header))
 
 
-def _blocks(path: Path) -> int:
+def _on_disk(path: Path) -> int:
     """Return the bytes that a file takes on the disk, which is less than its size where it is sparse."""
     return getattr(path.stat(), "st_blocks", 0) * 512
