@@ -17,6 +17,7 @@ from calib_data.sources import Examples
 Predict = Callable[[Mapping[str, Tensor]], Mapping[str, np.ndarray]]
 
 TARGETS = ("labels", "scores")  # what a batch carries besides the inputs of the model
+TEACHER = "teacher_"  # how the inputs begin that are for a teacher with a processor of its own
 POOL = 50  # batches that are sorted together when shuffling
 
 
@@ -40,6 +41,9 @@ class Batches:
     text is encoded: "text", "text_pair" or "both", jointly where there are two. Texts are cut at
     `max_length` tokens and the tokenizer's own bound, or nowhere if it is None.
 
+    `teacher_processor` encodes the same rows once more, for a teacher that has a tokenizer of its own:
+    its inputs follow as `teacher_input_ids` and so on.
+
     Raises DataError where the examples are not what the processor takes.
     """
 
@@ -54,6 +58,7 @@ class Batches:
         shuffle: bool = False,
         drop_last: bool = False,
         field: str = "both",
+        teacher_processor: Any = None,
     ) -> None:
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
             if value is not None and value < 1:
@@ -68,16 +73,10 @@ class Batches:
         self.examples = examples
         self.batch_size = batch_size
         self._seed, self._shuffle, self._drop_last = seed, shuffle, drop_last
-        self._content: _Texts | _Images
-        if hasattr(processor, "padding_side"):  # what tokenizers have and image processors lack
-            self._content = _Texts(examples, processor, max_length, field)
-        elif processor is not None and "image" in examples.roles:
-            self._content = _Images(examples, processor)
-        else:
-            raise DataError(
-                f"{examples.spec} holds {', '.join(sorted(examples.roles))}, for which the model "
-                "has neither a tokenizer nor an image processor; use other data or add one to it"
-            )
+        self._content = _encode(examples, processor, max_length, field)
+        self._teachers = (
+            _encode(examples, teacher_processor, max_length, field) if teacher_processor else None
+        )
         self._targets: dict[str, Tensor] = {}
         if "label" in examples.roles:
             self._targets["labels"] = torch.tensor(examples.column("label"), dtype=torch.int64)
@@ -96,7 +95,11 @@ class Batches:
         """Yield the batches of one pass; with `shuffle`, each epoch has an order of its own."""
         for rows in self._plan(epoch):
             targets = {name: values[rows] for name, values in self._targets.items()}
-            yield self._content.batch(rows) | targets
+            batch = self._content.batch(rows) | targets
+            if self._teachers is not None:
+                theirs = self._teachers.batch(rows)
+                batch |= {f"{TEACHER}{name}": value for name, value in theirs.items()}
+            yield batch
 
     @property
     def lengths(self) -> np.ndarray:
@@ -128,11 +131,28 @@ class Batches:
         digest.update(json.dumps([settings, self._content.settings]).encode())
         for array in self._content.arrays():
             digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+        if self._teachers is not None:
+            digest.update(json.dumps(self._teachers.settings).encode())
+            for array in self._teachers.arrays():
+                digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
         for name, values in self._targets.items():
             digest.update(name.encode() + values.numpy().tobytes())
         for rows in self.rows:
             digest.update(rows.astype(np.int64).tobytes() + b"|")
         return digest.hexdigest()
+
+
+def _encode(
+    examples: Examples, processor: Any, max_length: int | None, field: str
+) -> "_Texts | _Images":
+    if hasattr(processor, "padding_side"):  # what tokenizers have and image processors lack
+        return _Texts(examples, processor, max_length, field)
+    if processor is not None and "image" in examples.roles:
+        return _Images(examples, processor)
+    raise DataError(
+        f"{examples.spec} holds {', '.join(sorted(examples.roles))}, for which the model "
+        "has neither a tokenizer nor an image processor; use other data or add one to it"
+    )
 
 
 class _Texts:
@@ -245,6 +265,17 @@ def _as_bytes(image: np.ndarray, channels: int) -> np.ndarray:
         image = (image * 255).round().clip(0, 255).astype(np.uint8)
     image = np.atleast_3d(image)
     return np.repeat(image, channels, axis=2) if image.shape[2] == 1 else image
+
+
+def same_tokenizer(one: Any, other: Any) -> bool:
+    """Whether two processors give a text the same ids; processors of images are taken for alike."""
+    if one is other or not all(hasattr(x, "padding_side") for x in (one, other)):
+        return True
+    probe = ["The cat's 3 naïve 猫, don't you think?", "x"]
+    return bool(
+        one.get_vocab() == other.get_vocab()
+        and one(probe)["input_ids"] == other(probe)["input_ids"]
+    )
 
 
 def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -61,13 +61,23 @@ class DataChoice:
     batch_size: int = 32
     max_length: int | None = 128
 
-    def batches(self, checkpoint: "Checkpoint", seed: int, shuffle: bool) -> "Batches":
-        """Return the data encoded for `checkpoint`, its labels checked against the model's."""
-        from calib_data.batches import Batches, check_labels
+    def batches(
+        self,
+        checkpoint: "Checkpoint",
+        seed: int,
+        shuffle: bool,
+        teacher: "Checkpoint | None" = None,
+    ) -> "Batches":
+        """Return the data encoded for `checkpoint`, its labels checked against the model's.
+
+        For a `teacher` with a tokenizer of its own they are encoded by that as well.
+        """
+        from calib_data.batches import Batches, check_labels, same_tokenizer
         from calib_data.sources import open_data
 
         if self.max_length is not None and self.spec not in ("digits",):
-            checkpoint.check_length(self.max_length)
+            for model in filter(None, (checkpoint, teacher)):
+                model.check_length(self.max_length)
         examples = open_data(self.spec, self.columns, self.limit, seed)
         if checkpoint.task_row.target == "class" and "label" in examples.roles:
             names = getattr(checkpoint.config, "id2label", None) or {}
@@ -75,14 +85,17 @@ class DataChoice:
                 examples = examples.relabel([names[i] for i in sorted(names)])
             check_labels(examples, checkpoint.config.num_labels)
         joint = checkpoint.task.endswith("-classification")
+        processor = checkpoint.processor or (teacher and teacher.processor)
+        apart = teacher is not None and not same_tokenizer(processor, teacher.processor)
         return Batches(
             examples,
-            checkpoint.processor,
+            processor,
             batch_size=self.batch_size,
             max_length=self.max_length,
             seed=seed,
             shuffle=shuffle,
             field="both" if joint else "text",
+            teacher_processor=teacher.processor if teacher is not None and apart else None,
         )
 
 
@@ -121,7 +134,7 @@ def distill_model(
         else:
             keep = evenly_spaced(len(layer_stack(source.backbone)[1]), layers or 0)
             start = student_from_layers(source, keep)
-        batches = data.batches(source, run.seed, shuffle=True)
+        batches = data.batches(start, run.seed, shuffle=True, teacher=source)
         with run.progress("distill", config.train.steps) as advance:
             result = distill(source, start, batches, config, advance)
         save_checkpoint(result.checkpoint, staging)

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from onnxpress.cli.distillation import loss_options
 from onnxpress.cli.options import (
     Group,
     Output,
@@ -37,11 +38,7 @@ def compress_group() -> None:
 @data_options
 @task_option
 @trust_option
-@click.option("--losses", default="", help="Names with weights, as in embedding=1,hidden=0.5.")
-@click.option("--temperature", type=float, default=3.0, show_default=True)
-@click.option(
-    "--alpha", type=float, default=0.7, show_default=True, help="Weight of soft against hard loss."
-)
+@loss_options
 @click.option("--steps", type=int, default=300, show_default=True)
 @click.option("--lr", type=float, default=2e-4, show_default=True, help="Learning rate.")
 @click.option("--accumulate", type=int, default=1, show_default=True, help="Batches per step.")
@@ -55,9 +52,7 @@ def distill_command(
     data: DataChoice,
     task: str | None,
     trust_remote_code: bool,
-    losses: str,
-    temperature: float,
-    alpha: float,
+    matching: dict[str, Any],
     steps: int,
     lr: float,
     accumulate: int,
@@ -73,8 +68,7 @@ def distill_command(
     train = TrainConfig(
         steps=steps, learning_rate=lr, accumulate=accumulate, precision=precision, seed=run.seed
     )
-    chosen = tuple(part.strip() for part in losses.split(",") if part.strip())
-    config = DistillConfig(chosen, temperature, alpha, train)
+    config = DistillConfig(**matching, train=train)
     result = distill_model(
         ModelChoice(teacher, task, trust_remote_code),
         ModelChoice(student, task, trust_remote_code) if student else None,
