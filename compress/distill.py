@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from calib_data.batches import Batches
 from calib_data.errors import ConfigError, ModelError
 from compress import losses
+from compress.adapters import refuse_adapters
 from compress.checkpoint import Checkpoint, StageResult, parameter_count, weights_sha256
 from compress.config import StageConfig, require
 from compress.students import captured_layers, evenly_spaced, layer_stack
@@ -169,6 +170,7 @@ def _check_pair(
         )
     if student.quantization or any(p.dtype == torch.int8 for p in student.module.buffers()):
         raise ModelError("a quantized student cannot be trained; distill first, then quantize")
+    refuse_adapters(student, "distill")
     sizes = [c.signature.vocabulary for c in (student, teacher)]
     if sizes[0] != sizes[1]:
         raise ModelError(

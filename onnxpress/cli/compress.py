@@ -1,10 +1,11 @@
-"""`compress distill | prune | quantize | inspect`."""
+"""`compress distill | finetune | merge | prune | quantize | inspect`."""
 
 from pathlib import Path
 from typing import Any
 
 import click
 
+from onnxpress.cli.finetune import finetune_command, merge_command
 from onnxpress.cli.options import (
     Group,
     Output,
@@ -28,6 +29,10 @@ from onnxpress.stages import (
 @click.group(cls=Group)
 def compress_group() -> None:
     """Make a model smaller: distill, prune, quantize, in any order that makes sense."""
+
+
+compress_group.add_command(finetune_command)
+compress_group.add_command(merge_command)
 
 
 @compress_group.command("distill")
