@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from calib_data.batches import TEACHER, Batches
 from calib_data.errors import ConfigError, DataError, ModelError
+from compress.adapters import refuse_adapters
 from compress.checkpoint import Checkpoint
 from compress.distill_config import DistillConfig
 from compress.layer_map import EMBEDDINGS, last_pairs, layer_pairs
@@ -88,6 +89,7 @@ def _check_pair(teacher: Checkpoint, student: Checkpoint) -> None:
         )
     if student.quantization or any(p.dtype == torch.int8 for p in student.module.buffers()):
         raise ModelError("a quantized student cannot be trained; distill first, then quantize")
+    refuse_adapters(student, "distill")
 
 
 def _check_inputs(teacher: Checkpoint, student: Checkpoint) -> None:

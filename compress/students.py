@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from calib_data.errors import ConfigError, ModelError
+from compress.adapters import refuse_adapters
 from compress.checkpoint import Checkpoint
 
 
@@ -50,6 +51,7 @@ def student_from_layers(teacher: Checkpoint, keep: Sequence[int]) -> Checkpoint:
     """Return a copy of `teacher` with only the layers in `keep`, weights and config together."""
     if teacher.quantization:
         raise ModelError("a quantized checkpoint cannot be trained; start from the float one")
+    refuse_adapters(teacher, "take layers of")
     module = copy.deepcopy(teacher.module)
     student = replace(teacher, module=module)
     stack_name, stack = layer_stack(student.backbone)

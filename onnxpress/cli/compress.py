@@ -1,4 +1,4 @@
-"""`compress distill | prune | quantize | inspect`."""
+"""`compress distill | finetune | merge | prune | quantize | inspect`."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from onnxpress.cli.distillation import loss_options
+from onnxpress.cli.finetune import finetune_command, merge_command
 from onnxpress.cli.options import (
     Group,
     Output,
@@ -29,6 +30,10 @@ from onnxpress.stages import (
 @click.group(cls=Group)
 def compress_group() -> None:
     """Make a model smaller: distill, prune, quantize, in any order that makes sense."""
+
+
+compress_group.add_command(finetune_command)
+compress_group.add_command(merge_command)
 
 
 @compress_group.command("distill")
