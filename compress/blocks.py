@@ -91,16 +91,14 @@ def input_columns(module: Any, values: Tensor) -> Tensor:
     return values if isinstance(module, nn.Linear) else values.t()
 
 
-def find_groups(model: nn.Module, shared: bool = False) -> tuple[Group, ...]:
+def find_groups(model: nn.Module) -> tuple[Group, ...]:
     """Return the model's prunable groups, in the order of its modules.
 
-    With `shared`, also attentions that share something per head with other layers: their heads can
-    only be removed from all of them alike. Raises `ModelError` that says what was looked for where
-    there are none.
+    Raises `ModelError` that says what was looked for where there are none.
     """
     found: dict[str, Group] = {}
     for name, module in model.named_modules():
-        for group in (_attention(model, name, module, shared), _feed_forward(name, module)):
+        for group in (_attention(model, name, module), _feed_forward(name, module)):
             if group is not None:
                 found.setdefault(group.key, group)
     if not found:
@@ -112,6 +110,16 @@ def find_groups(model: nn.Module, shared: bool = False) -> tuple[Group, ...]:
     return tuple(found.values())
 
 
+def all_groups(model: nn.Module) -> tuple[Group, ...]:
+    """Return every attention and feed-forward block, those that cannot be pruned too."""
+    found: dict[str, Group] = {}
+    for name, module in model.named_modules():
+        for group in (_attention_of(model, name, module), _feed_forward(name, module)):
+            if group is not None:
+                found.setdefault(group.key, group)
+    return tuple(found.values())
+
+
 def locked_attentions(model: nn.Module) -> Iterator[str]:
     """Yield the names of attentions whose heads stay, because other layers share something per head."""
     for name, module in model.named_modules():
@@ -119,12 +127,16 @@ def locked_attentions(model: nn.Module) -> Iterator[str]:
             yield name
 
 
-def _attention(model: nn.Module, name: str, module: nn.Module, shared: bool) -> Group | None:
+def _attention(model: nn.Module, name: str, module: nn.Module) -> Group | None:
+    """Return the attention in `module` unless its heads are locked to another's."""
+    found = _attention_of(model, name, module)
+    return None if found is None or _shared_per_head(model, name) else found
+
+
+def _attention_of(model: nn.Module, name: str, module: nn.Module) -> Group | None:
     fused = next((n for n in _FUSED if is_linear(getattr(module, n, None))), None)
     query, key, value = (_child(module, names) for names in (_QUERY, _KEY, _VALUE))
     if not fused and not (query and key and value):
-        return None
-    if not shared and _shared_per_head(model, name):
         return None
     if fused:
         out_name, copies = _FUSED[fused]

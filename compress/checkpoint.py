@@ -19,7 +19,8 @@ from compress.tasks import CUSTOM, TASKS, Task
 from compress.versions import versions
 from compress.wrapper import Wrapper
 
-FORMAT = 1  # of onnxpress.json; raised when an older reader would misread a newer file
+FORMAT = 2  # of onnxpress.json; raised when an older reader would misread a newer file
+_PLAIN = 1  # of a checkpoint without adapters, which older readers know as well
 MANIFEST = "onnxpress.json"
 
 
@@ -28,7 +29,8 @@ class Checkpoint:
     """A module in eval mode with its task, processor, signature and history.
 
     `structure` maps a block's name to the units it keeps where that differs from the config;
-    `quantization` holds the scheme's settings and the names of the quantized modules.
+    `quantization` holds the scheme's settings and the names of the quantized modules, `adapters` the
+    method's settings and the names of the adapted ones.
     """
 
     module: nn.Module
@@ -37,6 +39,7 @@ class Checkpoint:
     processor: Any = None  # a tokenizer, an image processor, an ImageShape, or None
     structure: Mapping[str, int] = field(default_factory=dict)
     quantization: Mapping[str, Any] | None = None
+    adapters: Mapping[str, Any] | None = None
     lineage: tuple[Mapping[str, Any], ...] = ()
     sidecars: Mapping[str, bytes] = field(default_factory=dict)  # sentence-transformers files
     factory: str | None = None  # package.module:factory that made the module
@@ -144,11 +147,12 @@ def save_checkpoint(checkpoint: Checkpoint, directory: Path) -> None:
     write_json(
         directory / MANIFEST,
         {
-            "format": FORMAT,
+            "format": FORMAT if checkpoint.adapters else _PLAIN,
             "task": checkpoint.task,
             "factory": checkpoint.factory,
             "structure": dict(checkpoint.structure),
             "quantization": checkpoint.quantization,
+            **({"adapters": checkpoint.adapters} if checkpoint.adapters else {}),
             "sha256": weights_sha256(checkpoint.backbone),
             "lineage": list(checkpoint.lineage),
         },

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from calib_data.errors import ModelError
-from compress.blocks import Group, Part, find_groups
+from compress.blocks import Group, Part, all_groups
 from compress.checkpoint import Checkpoint
 from compress.importance import Read, group_readers, importance_of
 from compress.surgery import feature_indices
@@ -57,8 +57,8 @@ def fill_(
     something per head choose the same heads. `batches` are only read where there is a choice.
     Raises `ModelError` where a tensor is neither the teacher's nor cut out of one.
     """
-    groups = {g.key: g for g in find_groups(teacher.backbone, shared=True)}
-    sizes = _sizes(groups, find_groups(student, shared=True), kept)
+    groups = {g.key: g for g in all_groups(teacher.backbone)}
+    sizes = _sizes(groups, all_groups(student), kept)
     sources = _sources(student, teacher.backbone, groups, sizes, kept)
     used = {cut.key for source in sources.values() for cut in source.cuts}
     chosen: dict[str, tuple[int, ...]] = {}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from calib_data.errors import ConfigError, ModelError
-from compress.blocks import find_groups
+from compress.blocks import all_groups
 from compress.config import StageConfig, require
 
 # what configs call each size; one that does not hold the teacher's value means something else
@@ -143,7 +143,7 @@ def _keep_layers_(config: Any, kept: Mapping[str, Sequence[int]]) -> None:
 
 def _widths(model: Any, config: Any) -> _Widths:
     """Return the widths that `config` gives a model: the teacher's own, as it was before pruning."""
-    groups = find_groups(build(model, config, "meta"), shared=True)
+    groups = all_groups(build(model, config, "meta"))
     heads = [g for g in groups if g.kind == "heads"]
     geometry = {(g.units, _carried(g)) for g in heads}
     hidden = getattr(config, "hidden_size", None)
@@ -187,7 +187,7 @@ def _fitting(model: Any, base: Any, old: _Widths, shape: StudentShape, heads: in
     if heads * old.width != hidden and getattr(config, "head_dim", None) != old.width:
         config.head_dim = old.width
     try:
-        groups = find_groups(build(model, config, "meta"), shared=True)
+        groups = all_groups(build(model, config, "meta"))
     except Exception:  # configs and models refuse sizes with errors of many types
         return None
     fits = all(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from calib_data.errors import ConfigError, ModelError
+from compress.adapters import refuse_adapters
 from compress.checkpoint import Checkpoint
 from compress.resize import fill_
 from compress.sentence import SentenceEncoder, narrowed
@@ -73,6 +74,7 @@ def make_student(
     model: Any = teacher.backbone
     if teacher.quantization:
         raise ModelError("a quantized checkpoint cannot be trained; start from the float one")
+    refuse_adapters(teacher, "make a student of")
     if teacher.factory or not hasattr(model, "_from_config"):
         raise ModelError(
             f"{type(model).__name__} has its sizes in code, not in a config; "

@@ -1,10 +1,12 @@
-"""`compress distill | prune | quantize | inspect`."""
+"""`compress distill | finetune | merge | prune | quantize | inspect`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from onnxpress.cli.distillation import loss_options
+from onnxpress.cli.finetune import finetune_command, merge_command
 from onnxpress.cli.options import (
     Group,
     Output,
@@ -34,6 +36,10 @@ def compress_group() -> None:
     """Make a model smaller: distill, prune, quantize, in any order that makes sense."""
 
 
+compress_group.add_command(finetune_command)
+compress_group.add_command(merge_command)
+
+
 @compress_group.command("distill")
 @click.option("--teacher", required=True, help="The model to learn from.")
 @click.option("--student", help="The model that learns: a directory, pruned or not.")
@@ -41,11 +47,7 @@ def compress_group() -> None:
 @data_options
 @task_option
 @trust_option
-@click.option("--losses", default="", help="Names with weights, as in embedding=1,hidden=0.5.")
-@click.option("--temperature", type=float, default=3.0, show_default=True)
-@click.option(
-    "--alpha", type=float, default=0.7, show_default=True, help="Weight of soft against hard loss."
-)
+@loss_options
 @click.option("--steps", type=int, default=300, show_default=True)
 @click.option("--lr", type=float, default=2e-4, show_default=True, help="Learning rate.")
 @click.option("--accumulate", type=int, default=1, show_default=True, help="Batches per step.")
@@ -59,9 +61,7 @@ def distill_command(
     data: DataChoice,
     task: str | None,
     trust_remote_code: bool,
-    losses: str,
-    temperature: float,
-    alpha: float,
+    matching: dict[str, Any],
     steps: int,
     lr: float,
     accumulate: int,
@@ -77,8 +77,7 @@ def distill_command(
     train = TrainConfig(
         steps=steps, learning_rate=lr, accumulate=accumulate, precision=precision, seed=run.seed
     )
-    chosen = tuple(part.strip() for part in losses.split(",") if part.strip())
-    config = DistillConfig(chosen, temperature, alpha, train)
+    config = DistillConfig(**matching, train=train)
     result = distill_model(
         ModelChoice(teacher, task, trust_remote_code),
         ModelChoice(student, task, trust_remote_code) if student else None,

@@ -113,8 +113,9 @@ def data_options(command: Command) -> Command:
     @click.option(
         "--data",
         required=True,
-        help="train.jsonl, dev.csv, pairs.tsv, x.parquet, lines.txt, hf:NAME[/CONFIG]:SPLIT, "
-        "pydoc[:train|:test] or digits[:train|:test].",
+        help="train.jsonl, dev.csv, pairs.tsv, x.parquet, lines.txt, train.de+train.en, images.npz, "
+        "whole:FILE[:train|:test], hf:NAME[/CONFIG]:SPLIT, pydoc[:train|:test] or "
+        "digits[:train|:test].",
     )
     @columns_option
     @click.option("--limit", type=int, help="Use at most this many examples, chosen by the seed.")

@@ -4,9 +4,17 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from transformers import ViTImageProcessor
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 
-from calib_data.batches import Batches, ImageShape, check_labels, collect, model_inputs
+from calib_data.batches import (
+    Batches,
+    ImageShape,
+    check_labels,
+    collect,
+    model_inputs,
+    same_tokenizer,
+)
 from calib_data.errors import ConfigError, DataError
 from calib_data.sources import Examples
 from tests.tiny import SENTENCES, tiny_tokenizer
@@ -62,6 +70,37 @@ def test_left_padding_and_no_pad_token() -> None:
     (batch,) = Batches(make(text=["the cat sat", "a"]), tokenizer)
     assert batch["attention_mask"].tolist() == [[1] * 5, [0, 0, 1, 1, 1]]
     assert batch["input_ids"][1].tolist() == [0, 0, *tokenizer("a")["input_ids"]]
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    model = models.WordLevel({"[UNK]": 0, "cat": 1, "the": 2}, unk_token="[UNK]")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+
+
+def test_a_teachers_own_tokenizer_sees_the_same_rows() -> None:
+    own, theirs = tiny_tokenizer(), word_tokenizer()
+    batches = Batches(texts(), own, batch_size=5, shuffle=True, teacher_processor=theirs)
+    plain = Batches(texts(), own, batch_size=5, shuffle=True)
+    for rows, batch, alone in zip(batches.rows, batches, plain, strict=True):
+        expected = theirs([SENTENCES[i] for i in rows], padding=False)["input_ids"]
+        mask = batch["teacher_attention_mask"].bool()
+        found = [ids[real].tolist() for ids, real in zip(batch["teacher_input_ids"], mask)]
+        assert found == expected
+        assert all(batch[name].equal(value) for name, value in alone.items())
+    assert batches.fingerprint != plain.fingerprint
+    twice = Batches(texts(), own, batch_size=5, shuffle=True, teacher_processor=own)
+    assert twice.fingerprint != batches.fingerprint
+
+
+def test_tokenizers_are_told_apart_by_what_they_give() -> None:
+    assert same_tokenizer(tiny_tokenizer(), tiny_tokenizer())
+    assert not same_tokenizer(tiny_tokenizer(), word_tokenizer())
+    kept = tiny_tokenizer()  # the same words, and nothing around a text
+    kept._tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    assert not same_tokenizer(tiny_tokenizer(), kept)
+    assert same_tokenizer(ImageShape(8), ImageShape(8))
 
 
 def test_truncation_respects_the_smaller_bound() -> None:
