@@ -115,6 +115,14 @@ class Batches:
         numbered._targets = {**self._targets, ROWS: torch.arange(len(self.lengths))}
         return numbered
 
+    def steady(self) -> bool:
+        """Whether rows are the same in every epoch, and not drawn anew, as for masking."""
+        made = []
+        for epoch in (0, 1):
+            batch = self._content.batch(self.rows[0])
+            made.append(self._objective.prepare(batch, np.random.default_rng(epoch)))
+        return all(value.equal(made[1][name]) for name, value in made[0].items())
+
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each example, (N,); 1 for an image."""

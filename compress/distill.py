@@ -4,6 +4,7 @@ import copy
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,20 @@ from compress.checkpoint import Checkpoint, StageResult, parameter_count, weight
 from compress.distill_config import DistillConfig
 from compress.loss_table import loss_terms
 from compress.matching import Scene
-from compress.observe import Need, Observed, Observer, observe
+from compress.observe import Observed, Observer, observe
 from compress.pairing import Pairing, pair_up, teacher_side
-from compress.training import train_
+from compress.teacher_cache import TeacherCache, kept_for
+from compress.training import TrainConfig, train_
 
-__all__ = ["AskTeacher", "DistillConfig", "Distillation", "distill", "prepare", "running_teacher"]
+__all__ = [
+    "AskTeacher",
+    "DistillConfig",
+    "Distillation",
+    "cached_teacher",
+    "distill",
+    "prepare",
+    "running_teacher",
+]
 
 
 @dataclass(frozen=True)
@@ -39,10 +49,10 @@ class Distillation:
 
 
 # How a teacher is asked for what the losses need to see of it.
-AskTeacher = Callable[[Checkpoint, frozenset[Need]], Observer]
+AskTeacher = Callable[[Checkpoint, Pairing], Observer]
 
 
-def running_teacher(teacher: Checkpoint, seen: frozenset[Need]) -> Observer:
+def running_teacher(teacher: Checkpoint, pairing: Pairing) -> Observer:
     """Return what runs `teacher` on a batch, without gradients, where the batch is."""
 
     @torch.no_grad()  # not inference mode: its tensors cannot meet those of a backward pass
@@ -51,7 +61,29 @@ def running_teacher(teacher: Checkpoint, seen: frozenset[Need]) -> Observer:
         weights = itertools.chain(teacher.module.parameters(), teacher.module.buffers())
         if next(weights).device != device:
             teacher.module.to(device)
-        return observe(teacher, teacher_side(batch), seen)
+        return observe(teacher, teacher_side(batch), pairing.teacher_needs)
+
+    return ask
+
+
+def cached_teacher(batches: Batches, folder: Path, train: TrainConfig) -> AskTeacher:
+    """Return what runs a teacher once for each row of `batches` and remembers in `folder`.
+
+    The batches that are trained on must say their rows (`Batches.numbered`). Raises what
+    `TeacherCache` and `kept_for` raise, once the teacher is asked for.
+    """
+    epochs = train.steps * train.accumulate / len(batches)
+
+    def ask(teacher: Checkpoint, pairing: Pairing) -> Observer:
+        return TeacherCache(
+            teacher,
+            running_teacher(teacher, pairing),
+            batches,
+            kept_for(pairing),
+            folder,
+            settings={"precision": train.precision},
+            reached=epochs,
+        )
 
     return ask
 
@@ -109,5 +141,5 @@ def prepare(
 ) -> Distillation:
     """Return the loss that trains `student`; raises what `distill` raises before it trains."""
     pairing = pair_up(teacher, student, batches, config)
-    asked = ask_teacher(teacher, pairing.teacher_needs)
+    asked = ask_teacher(teacher, pairing)
     return Distillation(student, asked, pairing, config)

@@ -19,7 +19,11 @@ from torch import Tensor
 from calib_data.batches import ROWS, TEACHER, Batches, model_inputs
 from calib_data.errors import ConfigError, ModelError
 from compress.checkpoint import Checkpoint, weights_sha256
+from compress.layer_map import EMBEDDINGS
+from compress.loss_table import LOSSES
+from compress.matching import DISTRIBUTION, LAYERS, LOGITS, MAPS, RELATIONS, SAME_VECTOR, VECTOR
 from compress.observe import QKV, Observed, Observer
+from compress.pairing import Pairing
 from compress.row_store import Layout, RowStore, checksum
 from compress.versions import versions
 
@@ -72,6 +76,30 @@ class Kept:
         )
 
 
+def kept_for(pairing: Pairing) -> Kept:
+    """Return what the losses of `pairing` look at of the teacher.
+
+    Raises `ConfigError` for attention maps: what they need grows with the square of the length.
+    """
+    kinds = {LOSSES[name].kind for name in pairing.weights}
+    if MAPS in kinds:
+        raise ConfigError(
+            "the loss 'attention' needs the teacher's maps, token by token, which would fill the disk; "
+            "use relations, or do without --cache-teacher"
+        )
+    setup = pairing.setup
+    outputs = {"logits"} if kinds & {LOGITS, DISTRIBUTION} else set()
+    outputs |= {setup.output} if kinds & {VECTOR, SAME_VECTOR} else set()
+    layers = {theirs for _, theirs in setup.pairs} if LAYERS in kinds else set()
+    attention = {theirs for _, theirs in setup.relation_pairs} if RELATIONS in kinds else set()
+    return Kept(
+        outputs=tuple(sorted(outputs)),
+        layers=tuple(sorted(layers - {EMBEDDINGS})),
+        embeddings=(0,) if EMBEDDINGS in layers else (),
+        attention=tuple(sorted(attention)),
+    )
+
+
 class TeacherCache:
     """An `Observer` that asks another one about each row once, and remembers.
 
@@ -99,6 +127,11 @@ class TeacherCache:
         settings: Mapping[str, Any] | None = None,
         reached: float = 1.0,
     ) -> None:
+        if not batches.steady():
+            raise ConfigError(
+                "the data is masked anew in every epoch, so there is no answer of the teacher to look "
+                "up; do without --cache-teacher"
+            )
         if getattr(teacher.config, "is_encoder_decoder", False):
             raise ModelError(
                 "an encoder–decoder's answers have the length of their targets, which is not known "

@@ -249,7 +249,7 @@ def _distill(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) -
     from compress.training import TrainConfig
 
     shape = StudentShape.from_json(_take(settings, StudentShape))
-    own = {"data", "teacher"} | _names(StudentShape)
+    own = {"data", "teacher", "cache_teacher"} | _names(StudentShape)
     _check_settings(settings, own, _names(DataChoice), _names(DistillConfig), _names(TrainConfig))
     train = TrainConfig.from_json({**_take(settings, TrainConfig), "seed": run.seed})
     config = DistillConfig.from_json({**_take(settings, DistillConfig), "train": train})
@@ -258,6 +258,7 @@ def _distill(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) -
     return stages.distill_model(
         teacher if student else ModelChoice(settings["from"]),
         student, shape, _data(settings), config, out, run,
+        bool(settings.get("cache_teacher", False)),
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 Each function writes one directory, whole or not at all, and returns a JSON-able summary.
 """
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -175,10 +176,14 @@ def distill_model(
     config: "DistillConfig",
     out: Path,
     run: Run,
+    cache_teacher: bool = False,
 ) -> dict[str, Any]:
-    """Train a student, from a directory or made of the teacher in `shape`, and write it."""
+    """Train a student, from a directory or made of the teacher in `shape`, and write it.
+
+    With `cache_teacher`, the teacher's answers are kept in OUT.training until OUT is in place.
+    """
     from compress.checkpoint import save_checkpoint
-    from compress.distill import distill
+    from compress.distill import AskTeacher, cached_teacher, distill, running_teacher
     from compress.files import staged_directory
 
     if (student is None) == (not shape):
@@ -190,9 +195,15 @@ def distill_model(
         source = teacher.open()
         start = student.open() if student else student_of(source, shape, data, run)
         batches = data.batches(start, run.seed, shuffle=True, teacher=source)
+        ask: AskTeacher = running_teacher
+        workspace = out.with_name(f"{out.name}.training")
+        if cache_teacher:
+            batches = batches.numbered()
+            ask = cached_teacher(batches, workspace / "teacher", config.train)
         with run.progress("distill", config.train.steps) as advance:
-            result = distill(source, start, batches, config, advance)
+            result = distill(source, start, batches, config, advance, ask)
         save_checkpoint(result.checkpoint, staging)
+    shutil.rmtree(workspace / "teacher", ignore_errors=True)
     report = {k: v for k, v in result.report.items() if k != "losses"}
     return {"stage": "distill", "path": str(out), **report}
 

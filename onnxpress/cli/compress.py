@@ -48,6 +48,9 @@ compress_group.add_command(merge_command)
 @task_option
 @trust_option
 @loss_options
+@click.option(
+    "--cache-teacher", is_flag=True, help="Keep the teacher's answers on disk for later epochs."
+)
 @click.option("--steps", type=int, default=300, show_default=True)
 @click.option("--lr", type=float, default=2e-4, show_default=True, help="Learning rate.")
 @click.option("--accumulate", type=int, default=1, show_default=True, help="Batches per step.")
@@ -62,6 +65,7 @@ def distill_command(
     task: str | None,
     trust_remote_code: bool,
     matching: dict[str, Any],
+    cache_teacher: bool,
     steps: int,
     lr: float,
     accumulate: int,
@@ -86,6 +90,7 @@ def distill_command(
         config,
         out,
         run,
+        cache_teacher,
     )
     output.show(
         result,

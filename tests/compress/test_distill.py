@@ -12,7 +12,8 @@ from calib_data.batches import Batches
 from calib_data.errors import ConfigError, DataError, ModelError
 from compress.checkpoint import Checkpoint, weights_sha256
 from compress.distill import DistillConfig, distill, prepare, running_teacher
-from compress.observe import Need, Observer
+from compress.observe import Observer
+from compress.pairing import Pairing
 from compress.quantize import QuantizeConfig, quantize
 from compress.students import student_from_layers
 from compress.training import TrainConfig, units
@@ -85,18 +86,18 @@ def test_a_wider_teacher_is_met_and_the_projection_dropped() -> None:
 def test_the_teacher_may_be_asked_elsewhere() -> None:
     teacher = tiny_checkpoint("bert", "text-classification", **LARGE)
     student = student_from_layers(teacher, [0])
-    asked: list[frozenset[str]] = []
+    asked: list[Pairing] = []
     batches, answers = tiny_batches(), {}
 
-    def lookup(checkpoint: Checkpoint, needs: frozenset[Need]) -> Observer:
-        asked.append(needs)
-        run = running_teacher(checkpoint, needs)
+    def lookup(checkpoint: Checkpoint, pairing: Pairing) -> Observer:
+        asked.append(pairing)
+        run = running_teacher(checkpoint, pairing)
         return lambda batch: answers.setdefault(str(batch["input_ids"].tolist()), run(batch))
 
     config = DistillConfig(("logits", "hidden"), train=replace(BRIEF, steps=5))
     plain = distill(teacher, student, batches, config)
     cached = distill(teacher, student, batches, config, ask_teacher=lookup)
-    assert asked == [frozenset({"outputs", "layers"})]
+    assert [pairing.teacher_needs for pairing in asked] == [frozenset({"outputs", "layers"})]
     assert cached.report["losses"] == plain.report["losses"]
     assert len(answers) == len(batches)
 

@@ -1,0 +1,122 @@
+"""Steps per second of distillation with the teacher's answers looked up, against asked each time.
+
+    python -m benchmarks.teacher_cache [--layers 3] [--rows 256] [--epochs 2] [--rounds 2]
+
+A student with some of the layers of all-MiniLM-L6-v2 learns from it, on sentences of Python's
+documentation. Both ways train on the same batches of the same epochs, alternating; the first epoch
+fills the cache and is counted apart. The losses of both are compared, so that what is timed is known to
+be the same work.
+"""
+
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from calib_data.batches import Batches
+from calib_data.sources import open_data
+from compress.checkpoint import Checkpoint, weights_sha256
+from compress.distill import AskTeacher, DistillConfig, cached_teacher, distill, running_teacher
+from compress.loading import open_checkpoint
+from compress.sizes import StudentShape
+from compress.students import make_student
+from compress.training import TrainConfig
+from compress.versions import versions
+
+TOLERANCE = 1e-3  # relative, of any step's loss: what rounding grows to over the steps
+
+
+def measure(
+    teacher: Checkpoint,
+    student: Checkpoint,
+    batches: Batches,
+    epochs: int,
+    losses: tuple[str, ...],
+    rounds: int,
+) -> dict[str, Any]:
+    """Return steps per second of both ways, their ratio, and how far their losses are apart."""
+    steps = epochs * len(batches)
+    config = DistillConfig(losses, train=TrainConfig(steps=steps))
+
+    def timed(ask: AskTeacher) -> tuple[list[float], list[float]]:
+        """Return each step's loss and seconds."""
+        ticks = [time.perf_counter()]
+        report = distill(
+            teacher, student, batches, config, lambda _: ticks.append(time.perf_counter()), ask
+        ).report
+        return report["losses"], [after - before for before, after in zip(ticks, ticks[1:])]
+
+    seconds: dict[str, list[float]] = {"asked": [], "filled": [], "looked up": []}
+    apart = 0.0
+    stored = 0
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            cached, cached_seconds = timed(cached_teacher(batches, Path(folder), config.train))
+            stored = sum(path.stat().st_size for path in Path(folder).glob("*.npy"))
+        asked, asked_seconds = timed(running_teacher)
+        apart = max(apart, *(abs(a - b) / abs(b) for a, b in zip(cached, asked)))
+        seconds["filled"] += cached_seconds[: len(batches)]
+        # the same batches of the same epochs, and not the first, which warms up
+        seconds["looked up"] += cached_seconds[len(batches) :]
+        seconds["asked"] += asked_seconds[len(batches) :]
+    if apart > TOLERANCE:
+        raise SystemExit(f"the losses differ by {apart:.2g} of their value; nothing was compared")
+    rate = {name: 1 / statistics.mean(values) for name, values in seconds.items()}
+    return {
+        "steps_per_second": rate,
+        "ratio": rate["looked up"] / rate["asked"],
+        "ratio_while_filling": rate["filled"] / rate["asked"],
+        "steps_timed": len(seconds["asked"]),
+        "spread": {
+            name: statistics.stdev(values) / statistics.mean(values)
+            for name, values in seconds.items()
+        },
+        "largest_difference_of_losses": apart,
+        "bytes_stored": stored,
+    }
+
+
+@click.command()
+@click.option("--layers", default=3, show_default=True, help="Of the student.")
+@click.option("--rows", default=256, show_default=True)
+@click.option("--batch-size", default=32, show_default=True)
+@click.option("--max-length", default=64, show_default=True)
+@click.option("--epochs", default=2, show_default=True, help="The first fills the cache.")
+@click.option("--rounds", default=2, show_default=True)
+@click.option("--losses", default="embedding,similarity,hidden", show_default=True)
+def main(
+    layers: int, rows: int, batch_size: int, max_length: int, epochs: int, rounds: int, losses: str
+) -> None:
+    """Print the figures as JSON."""
+    teacher = open_checkpoint("sentence-transformers/all-MiniLM-L6-v2")
+    student = make_student(teacher, StudentShape(layers=layers))
+    examples = open_data("pydoc:train", None, rows, 0)
+    batches = Batches(
+        examples, teacher.processor, batch_size=batch_size, max_length=max_length, shuffle=True
+    ).numbered()
+    figures = measure(teacher, student, batches, epochs, tuple(losses.split(",")), rounds)
+    conditions = {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "teacher": weights_sha256(teacher.backbone),
+        "data": batches.fingerprint,
+        "losses": losses,
+        "layers": layers,
+        "rows": rows,
+        "batch_size": batch_size,
+        "tokens_per_row": float(batches.lengths.mean()),
+    }
+    click.echo(json.dumps({**figures, "conditions": conditions}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
