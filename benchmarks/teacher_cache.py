@@ -8,6 +8,7 @@ fills the cache and is counted apart. The losses of both are compared, so that w
 be the same work.
 """
 
+import itertools
 import json
 import os
 import platform
@@ -46,12 +47,12 @@ def measure(
     config = DistillConfig(losses, train=TrainConfig(steps=steps))
 
     def timed(ask: AskTeacher) -> tuple[list[float], list[float]]:
-        """Return each step's loss and seconds."""
-        ticks = [time.perf_counter()]
+        """Return each step's loss, and the seconds of all but the first."""
+        ticks: list[float] = []
         report = distill(
             teacher, student, batches, config, lambda _: ticks.append(time.perf_counter()), ask
         ).report
-        return report["losses"], [after - before for before, after in zip(ticks, ticks[1:])]
+        return report["losses"], [after - before for before, after in itertools.pairwise(ticks)]
 
     seconds: dict[str, list[float]] = {"asked": [], "filled": [], "looked up": []}
     apart = 0.0
@@ -62,10 +63,11 @@ def measure(
             stored = sum(path.stat().st_size for path in Path(folder).glob("*.npy"))
         asked, asked_seconds = timed(running_teacher)
         apart = max(apart, *(abs(a - b) / abs(b) for a, b in zip(cached, asked)))
-        seconds["filled"] += cached_seconds[: len(batches)]
-        # the same batches of the same epochs, and not the first, which warms up
-        seconds["looked up"] += cached_seconds[len(batches) :]
-        seconds["asked"] += asked_seconds[len(batches) :]
+        # the same batches of the same epochs; those of the first warm the other way up
+        first = len(batches) - 1
+        seconds["filled"] += cached_seconds[:first]
+        seconds["looked up"] += cached_seconds[first:]
+        seconds["asked"] += asked_seconds[first:]
     if apart > TOLERANCE:
         raise SystemExit(f"the losses differ by {apart:.2g} of their value; nothing was compared")
     rate = {name: 1 / statistics.mean(values) for name, values in seconds.items()}

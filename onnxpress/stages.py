@@ -203,7 +203,7 @@ def distill_model(
         with run.progress("distill", config.train.steps) as advance:
             result = distill(source, start, batches, config, advance, ask)
         save_checkpoint(result.checkpoint, staging)
-    shutil.rmtree(workspace / "teacher", ignore_errors=True)
+    shutil.rmtree(workspace, ignore_errors=True)
     report = {k: v for k, v in result.report.items() if k != "losses"}
     return {"stage": "distill", "path": str(out), **report}
 

@@ -16,6 +16,7 @@ from calib_data.batches import (
     same_tokenizer,
 )
 from calib_data.errors import ConfigError, DataError
+from calib_data.objectives import Masked
 from calib_data.sources import Examples
 from tests.tiny import SENTENCES, tiny_tokenizer
 
@@ -219,3 +220,25 @@ def test_what_does_not_fit_is_refused() -> None:
         Batches(make(image=[np.zeros((8, 8))]), tiny_tokenizer())
     with pytest.raises(DataError, match="less than one batch"):
         Batches(texts(3), tiny_tokenizer(), drop_last=True)
+
+
+def test_numbered_batches_say_which_rows_they_hold() -> None:
+    plain = tiny_batches(8, 3)
+    numbered = plain.numbered()
+    for epoch in range(2):
+        for rows, batch, other in zip(
+            numbered._plan(epoch), numbered.iterate(epoch), plain.iterate(epoch)
+        ):
+            assert batch.pop("rows").tolist() == rows.tolist()
+            assert batch.keys() == other.keys()
+            assert all(batch[name].equal(value) for name, value in other.items())
+    assert numbered.fingerprint == plain.fingerprint
+    assert "rows" not in model_inputs(next(iter(numbered)))
+
+
+def test_masked_batches_are_not_steady() -> None:
+    plain = tiny_batches(8, 8)
+    assert plain.steady()
+    objective = Masked(tiny_tokenizer())
+    masked = Batches(plain.examples, tiny_tokenizer(), batch_size=8, objective=objective)
+    assert not masked.steady()
