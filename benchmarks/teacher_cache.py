@@ -8,6 +8,7 @@ fills the cache and is counted apart. The losses of both are compared, so that w
 be the same work.
 """
 
+import argparse
 import itertools
 import json
 import os
@@ -18,7 +19,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 
 from calib_data.batches import Batches
@@ -85,25 +85,29 @@ def measure(
     }
 
 
-@click.command()
-@click.option("--layers", default=3, show_default=True, help="Of the student.")
-@click.option("--rows", default=256, show_default=True)
-@click.option("--batch-size", default=32, show_default=True)
-@click.option("--max-length", default=64, show_default=True)
-@click.option("--epochs", default=2, show_default=True, help="The first fills the cache.")
-@click.option("--rounds", default=2, show_default=True)
-@click.option("--losses", default="embedding,similarity,hidden", show_default=True)
-def main(
-    layers: int, rows: int, batch_size: int, max_length: int, epochs: int, rounds: int, losses: str
-) -> None:
+def main() -> None:
     """Print the figures as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=3, help="of the student")
+    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--max-length", type=int, default=64)
+    parser.add_argument("--epochs", type=int, default=2, help="the first fills the cache")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--losses", default="embedding,similarity,hidden")
+    chosen = parser.parse_args()
     teacher = open_checkpoint("sentence-transformers/all-MiniLM-L6-v2")
-    student = make_student(teacher, StudentShape(layers=layers))
-    examples = open_data("pydoc:train", None, rows, 0)
+    student = make_student(teacher, StudentShape(layers=chosen.layers))
+    examples = open_data("pydoc:train", None, chosen.rows, 0)
     batches = Batches(
-        examples, teacher.processor, batch_size=batch_size, max_length=max_length, shuffle=True
+        examples,
+        teacher.processor,
+        batch_size=chosen.batch_size,
+        max_length=chosen.max_length,
+        shuffle=True,
     ).numbered()
-    figures = measure(teacher, student, batches, epochs, tuple(losses.split(",")), rounds)
+    losses = tuple(chosen.losses.split(","))
+    figures = measure(teacher, student, batches, chosen.epochs, losses, chosen.rounds)
     conditions = {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
@@ -111,13 +115,10 @@ def main(
         "versions": versions(),
         "teacher": weights_sha256(teacher.backbone),
         "data": batches.fingerprint,
-        "losses": losses,
-        "layers": layers,
-        "rows": rows,
-        "batch_size": batch_size,
+        **vars(chosen),
         "tokens_per_row": float(batches.lengths.mean()),
     }
-    click.echo(json.dumps({**figures, "conditions": conditions}, indent=2))
+    print(json.dumps({**figures, "conditions": conditions}, indent=2))
 
 
 if __name__ == "__main__":

@@ -188,8 +188,8 @@ def distill_model(
 
     if (student is None) == (not shape):
         raise ConfigError(
-            "name either --student or what it has of the teacher: --layers, --keep-layers, --hidden, "
-            "--heads, --ffn"
+            "name either --student or --layers, --keep-layers, --hidden, --heads or --ffn, with which "
+            "it is made of the teacher"
         )
     with staged_directory(out, run.overwrite) as staging:
         source = teacher.open()

@@ -18,7 +18,7 @@ from calib_data.batches import (
 from calib_data.errors import ConfigError, DataError
 from calib_data.objectives import Masked
 from calib_data.sources import Examples
-from tests.tiny import SENTENCES, tiny_tokenizer
+from tests.tiny import SENTENCES, tiny_batches, tiny_tokenizer
 
 
 def make(**columns: list) -> Examples:

@@ -119,8 +119,8 @@ STUDENT = ("compress", "distill", "--teacher", "{place}/encoder", "--data", "{pl
 @pytest.mark.parametrize(
     ("words", "code", "told"),
     [
-        ((), 2, "either --student or"),
-        (("--student", "{place}/encoder", "--ffn", "32"), 2, "either --student or"),
+        ((), 2, "--student or --layers"),
+        (("--student", "{place}/encoder", "--ffn", "32"), 2, "--student or --layers"),
         (("--layers", "1", "--keep-layers", "0"), 2, "the same thing"),
         (("--keep-layers", "0,x"), 2, "as in 0,2,5, got 0,x"),
         (("--keep-layers", "0,2"), 2, "from 0 to 1"),
