@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.statistics import percentile, sign_interval
 from calib_data.batches import Batches
 from calib_data.sources import open_data
 from compress.checkpoint import Checkpoint, weights_sha256
@@ -70,16 +71,15 @@ def measure(
         seconds["asked"] += asked_seconds[first:]
     if apart > TOLERANCE:
         raise SystemExit(f"the losses differ by {apart:.2g} of their value; nothing was compared")
+    # step by step the same batch: its length does not matter
+    ratios = [one / other for one, other in zip(seconds["asked"], seconds["looked up"])]
     rate = {name: 1 / statistics.mean(values) for name, values in seconds.items()}
     return {
         "steps_per_second": rate,
         "ratio": rate["looked up"] / rate["asked"],
         "ratio_while_filling": rate["filled"] / rate["asked"],
         "steps_timed": len(seconds["asked"]),
-        "spread": {
-            name: statistics.stdev(values) / statistics.mean(values)
-            for name, values in seconds.items()
-        },
+        "ratio_per_step": {"median": percentile(ratios, 50), "interval": sign_interval(ratios)},
         "largest_difference_of_losses": apart,
         "bytes_stored": stored,
     }
