@@ -1,10 +1,11 @@
 """Encoding examples once, and handing them out as batches of tensors with little padding."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +17,9 @@ from calib_data.sources import Examples
 # One batch in, named outputs out: the form in which every model, of whatever runtime, is measured.
 Predict = Callable[[Mapping[str, Tensor]], Mapping[str, np.ndarray]]
 
-TARGETS = ("labels", "scores")  # what a batch carries besides the inputs of the model
+ROWS = "rows"  # (B,) int64, the examples that a batch holds, where `Batches.numbered` is asked
+TARGETS = ("labels", "scores", ROWS)  # what a batch carries besides the inputs of the model
+TEACHER = "teacher_"  # how the inputs begin that are for a teacher with a processor of its own
 POOL = 50  # batches that are sorted together when shuffling
 
 
@@ -38,7 +41,11 @@ class Batches:
 
     `processor` is a fast tokenizer, an image processor or an `ImageShape`. `field` chooses which
     text is encoded: "text", "text_pair" or "both", jointly where there are two. Texts are cut at
-    `max_length` tokens and the tokenizer's own bound, or nowhere if it is None.
+    `max_length` tokens and the tokenizer's own bound, or nowhere if it is None. An `objective` makes
+    of texts what a language model is trained on; the default is texts with their labels.
+
+    `teacher_processor` encodes the same rows once more, for a teacher that has a tokenizer of its own:
+    its inputs follow as `teacher_input_ids` and so on.
 
     Raises DataError where the examples are not what the processor takes.
     """
@@ -54,6 +61,8 @@ class Batches:
         shuffle: bool = False,
         drop_last: bool = False,
         field: str = "both",
+        teacher_processor: Any = None,
+        objective: "Objective | None" = None,
     ) -> None:
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
             if value is not None and value < 1:
@@ -68,20 +77,17 @@ class Batches:
         self.examples = examples
         self.batch_size = batch_size
         self._seed, self._shuffle, self._drop_last = seed, shuffle, drop_last
-        self._content: _Texts | _Images
-        if hasattr(processor, "padding_side"):  # what tokenizers have and image processors lack
-            self._content = _Texts(examples, processor, max_length, field)
-        elif processor is not None and "image" in examples.roles:
-            self._content = _Images(examples, processor)
-        else:
-            raise DataError(
-                f"{examples.spec} holds {', '.join(sorted(examples.roles))}, for which the model "
-                "has neither a tokenizer nor an image processor; use other data or add one to it"
-            )
+        self._objective = objective or Objective()
+        self._content = _encode(examples, processor, max_length, field, self._objective)
+        self._teachers = (
+            _encode(examples, teacher_processor, max_length, field, Objective())
+            if teacher_processor
+            else None
+        )
         self._targets: dict[str, Tensor] = {}
-        if "label" in examples.roles:
+        if "label" in examples.roles and self._objective.labelled:
             self._targets["labels"] = torch.tensor(examples.column("label"), dtype=torch.int64)
-        if "score" in examples.roles:
+        if "score" in examples.roles and self._objective.labelled:
             self._targets["scores"] = torch.tensor(examples.column("score"), dtype=torch.float32)
         self.rows = self._plan(0)  # the example indices of each batch, in the order of iteration
         self.fingerprint = self._fingerprint()
@@ -94,14 +100,38 @@ class Batches:
 
     def iterate(self, epoch: int) -> Iterator[dict[str, Tensor]]:
         """Yield the batches of one pass; with `shuffle`, each epoch has an order of its own."""
-        for rows in self._plan(epoch):
+        for index, rows in enumerate(self._plan(epoch)):
             targets = {name: values[rows] for name, values in self._targets.items()}
-            yield self._content.batch(rows) | targets
+            random = np.random.default_rng([self._seed, epoch, index])
+            batch = self._objective.prepare(self._content.batch(rows) | targets, random)
+            if self._teachers is not None:
+                theirs = self._teachers.batch(rows)
+                batch |= {f"{TEACHER}{name}": value for name, value in theirs.items()}
+            yield batch
+
+    def numbered(self) -> "Batches":
+        """Return these batches, each saying in `rows` (B,) int64 which examples it holds."""
+        numbered = copy.copy(self)
+        numbered._targets = {**self._targets, ROWS: torch.arange(len(self.lengths))}
+        return numbered
+
+    def steady(self) -> bool:
+        """Whether rows are the same in every epoch, and not drawn anew, as for masking."""
+        made = []
+        for epoch in (0, 1):
+            batch = self._content.batch(self.rows[0])
+            made.append(self._objective.prepare(batch, np.random.default_rng(epoch)))
+        return all(value.equal(made[1][name]) for name, value in made[0].items())
 
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each example, (N,); 1 for an image."""
         return self._content.lengths
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that a text has."""
+        return self._content.longest
 
     def _plan(self, epoch: int) -> list[np.ndarray]:
         """Return the example indices of each batch."""
@@ -125,9 +155,14 @@ class Batches:
         """Return the SHA-256 of the encoded content, the targets and the settings, as hex."""
         digest = hashlib.sha256()
         settings = [self.batch_size, self._seed, self._shuffle, self._drop_last]
-        digest.update(json.dumps([settings, self._content.settings]).encode())
+        made = [settings, self._content.settings, *self._objective.settings]
+        digest.update(json.dumps(made).encode())
         for array in self._content.arrays():
             digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+        if self._teachers is not None:
+            digest.update(json.dumps(self._teachers.settings).encode())
+            for array in self._teachers.arrays():
+                digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
         for name, values in self._targets.items():
             digest.update(name.encode() + values.numpy().tobytes())
         for rows in self.rows:
@@ -135,7 +170,51 @@ class Batches:
         return digest.hexdigest()
 
 
-class _Texts:
+class Content(Protocol):
+    """What batches are cut from: as many rows as `lengths` has, tokens of each, (N,)."""
+
+    lengths: np.ndarray
+    longest: int  # most tokens that the model sees at once
+    settings: list[Any]  # that the encoding depends on, JSON-able
+
+    def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """Return these rows as one batch of tensors."""
+
+    def arrays(self) -> Iterator[np.ndarray]:
+        """Yield everything that is encoded, for the fingerprint."""
+
+
+class Objective:
+    """What is asked of the texts in a batch: here, nothing but the labels that come with them."""
+
+    labelled = True  # whether a batch carries the labels and scores of its examples
+    settings: tuple[Any, ...] = ()  # that the batches depend on, JSON-able
+
+    def encode(
+        self, examples: Examples, tokenizer: Any, max_length: int | None, field: str
+    ) -> Content:
+        """Return the texts as token ids."""
+        return Texts(examples, tokenizer, max_length, field)
+
+    def prepare(self, batch: dict[str, Tensor], random: np.random.Generator) -> dict[str, Tensor]:
+        """Return the batch as it is trained on; `random` depends on seed, epoch and place alone."""
+        return batch
+
+
+def _encode(
+    examples: Examples, processor: Any, max_length: int | None, field: str, objective: Objective
+) -> Content:
+    if hasattr(processor, "padding_side"):  # what tokenizers have and image processors lack
+        return objective.encode(examples, processor, max_length, field)
+    if processor is not None and "image" in examples.roles:
+        return _Images(examples, processor)
+    raise DataError(
+        f"{examples.spec} holds {', '.join(sorted(examples.roles))}, for which the model "
+        "has neither a tokenizer nor an image processor; use other data or add one to it"
+    )
+
+
+class Texts:
     """Examples as token ids, padded here: it works for tokenizers that have no pad token."""
 
     def __init__(
@@ -166,6 +245,7 @@ class _Texts:
                 f"{examples.spec}, example {int(self.lengths.argmin()) + 1} has no token that the "
                 "tokenizer knows; remove it"
             )
+        self.longest = int(self.lengths.max())
         self._left = tokenizer.padding_side == "left"
         self._fill = {
             "input_ids": tokenizer.pad_token_id or 0,
@@ -174,6 +254,7 @@ class _Texts:
         self.settings = [field, max_length, tokenizer.padding_side, self._fill]
 
     def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """Return these texts, (B, T) each, T the longest of them."""
         longest = int(self.lengths[rows].max())
         batch = {}
         for name, column in self._columns.items():
@@ -187,6 +268,7 @@ class _Texts:
         return batch
 
     def arrays(self) -> Iterator[np.ndarray]:
+        """Yield the ids, masks and types of every text."""
         for column in self._columns.values():
             yield from column
 
@@ -201,7 +283,7 @@ class _Images:
         if self._plain:
             for i, image in enumerate(self._images):
                 _check_shape(image, processor, f"{examples.spec}, image {i + 1}")
-        self.lengths = np.ones(len(self._images), dtype=np.int64)
+        self.lengths, self.longest = np.ones(len(self._images), dtype=np.int64), 1
         to_json = getattr(processor, "to_json_string", lambda: repr(processor))
         self.settings = [to_json()]
 
@@ -247,8 +329,19 @@ def _as_bytes(image: np.ndarray, channels: int) -> np.ndarray:
     return np.repeat(image, channels, axis=2) if image.shape[2] == 1 else image
 
 
+def same_tokenizer(one: Any, other: Any) -> bool:
+    """Whether two processors give a text the same ids; processors of images are taken for alike."""
+    if one is other or not all(hasattr(x, "padding_side") for x in (one, other)):
+        return True
+    probe = ["The cat's 3 naïve 猫, don't you think?", "x"]
+    return bool(
+        one.get_vocab() == other.get_vocab()
+        and one(probe)["input_ids"] == other(probe)["input_ids"]
+    )
+
+
 def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the batch without labels and scores, which are not for the model to see."""
+    """Return the batch without labels, scores and row numbers, which are not for the model to see."""
     return {name: value for name, value in batch.items() if name not in TARGETS}
 
 

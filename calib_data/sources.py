@@ -9,6 +9,7 @@ import io
 import json
 import math
 import re
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,9 +35,15 @@ _ROLE_OF = {alias: role for role, aliases in ALIASES.items() for alias in aliase
 
 SUPPORTED = (
     "files ending in .jsonl, .json (one object per line), .csv, .tsv, .parquet, .txt, .text or a "
-    "language such as .en (one text per line), hf:NAME[/CONFIG]:SPLIT, pydoc[:train|:test], "
+    "language such as .en (one text per line), .npz (images), two files of lines as in "
+    "train.de+train.en, whole:FILE[:train|:test], hf:NAME[/CONFIG]:SPLIT, pydoc[:train|:test], "
     "digits[:train|:test]"
 )
+TRAIN_SHARE = 0.9  # of the characters of whole:FILE:train; whole:FILE:test has the rest
+_NPZ = re.compile(r"(.+\.npz)(?::(\w+))?")
+_WHOLE = re.compile(r"whole:(.+?)(?::(train|test))?")
+# names of arrays in an .npz file, each followed by _SPLIT if there are several
+_NPZ_ROLES = {"image": ("x", "image", "images", "pixels"), "label": ("y", "label", "labels")}
 # Every reader returns whole columns by name; a column is anything with a length and an index.
 _Table = dict[str, Sequence[Any]]
 
@@ -332,7 +339,82 @@ def _read(spec: str, positions: list[str]) -> _Table:
         return _read_hub(spec)
     if re.match(r"(pydoc|digits)(:|$)", spec):
         return _read_embedded(spec)
+    if whole := _WHOLE.fullmatch(spec):
+        return {"text": [_read_whole(*whole.groups())]}
+    if npz := _NPZ.fullmatch(spec):
+        return _read_npz(Path(npz[1]), npz[2])
+    if "+" in spec and not Path(spec).is_file():
+        return _read_aligned(spec)
     return _read_file(spec, positions)
+
+
+def data_files(spec: str) -> list[Path]:
+    """Return the files that `spec` reads; none for data that is built in or on the hub."""
+    if whole := _WHOLE.fullmatch(spec):
+        return [Path(whole[1])]
+    if npz := _NPZ.fullmatch(spec):
+        return [Path(npz[1])]
+    paths = [Path(spec)] if Path(spec).is_file() else [Path(part) for part in spec.split("+")]
+    return paths if all(path.is_file() for path in paths) else []
+
+
+def _read_aligned(spec: str) -> _Table:
+    """Return two files of lines as pairs: row by row, the first's texts and the second's."""
+    parts = spec.split("+")
+    if len(parts) != 2:
+        raise DataError(f"{spec} joins {len(parts)} files; name two, as in train.de+train.en")
+    columns = []
+    for part in parts:
+        table = _read_file(part, [])
+        if list(table) != ["text"]:
+            raise DataError(f"{part} is no file of lines; only these can be joined with +")
+        columns.append(table["text"])
+    if len(columns[0]) != len(columns[1]):
+        counts = " and ".join(str(len(column)) for column in columns)
+        raise DataError(f"{spec} has {counts} lines; pairs need as many in both files")
+    return {"text": columns[0], "text_pair": columns[1]}
+
+
+def _read_whole(name: str, split: str | None) -> str:
+    """Return a file as one text, or its first 90 % (train) or the rest (test) in characters."""
+    path = Path(name)
+    if not path.is_file():
+        raise DataError(f"{name} is not a file; check the path (now in {Path.cwd()})")
+    text = _decode(path)
+    cut = int(TRAIN_SHARE * len(text))
+    return {"train": text[:cut], "test": text[cut:], None: text}[split]
+
+
+def _read_npz(path: Path, split: str | None) -> _Table:
+    """Return the images and labels of one split: arrays `x_SPLIT` and `y_SPLIT`, or `x` and `y`."""
+    if not path.is_file():
+        raise DataError(f"{path} is not a file; check the path (now in {Path.cwd()})")
+    try:
+        # Never unpickled: an array of objects raises ValueError.
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} cannot be read as .npz: {_one_line(error)}") from error
+    found: dict[str, _Table] = {}
+    for role, prefixes in _NPZ_ROLES.items():
+        for name, array in arrays.items():
+            prefix, _, kind = name.partition("_")
+            if prefix in prefixes:
+                found.setdefault(kind, {})[role] = (
+                    list(array) if role == "image" else array.tolist()
+                )
+    usable = {kind: table for kind, table in found.items() if "image" in table}
+    wanted = split or ("" if "" in usable else "train")
+    if wanted not in usable:
+        kinds = ", ".join(f"{path}:{kind}" for kind in usable if kind) or "x_train and y_train"
+        raise DataError(
+            f"{path} has no images of {wanted or 'any split'}, its arrays are "
+            f"{', '.join(arrays)}; use {kinds}"
+        )
+    lengths = {role: len(column) for role, column in usable[wanted].items()}
+    if len(set(lengths.values())) > 1:
+        raise DataError(f"{path} has {lengths['image']} images and {lengths['label']} labels")
+    return usable[wanted]
 
 
 def _read_file(spec: str, positions: list[str]) -> _Table:

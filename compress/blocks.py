@@ -110,6 +110,16 @@ def find_groups(model: nn.Module) -> tuple[Group, ...]:
     return tuple(found.values())
 
 
+def all_groups(model: nn.Module) -> tuple[Group, ...]:
+    """Return every attention and feed-forward block, those that cannot be pruned too."""
+    found: dict[str, Group] = {}
+    for name, module in model.named_modules():
+        for group in (_attention_of(model, name, module), _feed_forward(name, module)):
+            if group is not None:
+                found.setdefault(group.key, group)
+    return tuple(found.values())
+
+
 def locked_attentions(model: nn.Module) -> Iterator[str]:
     """Yield the names of attentions whose heads stay, because other layers share something per head."""
     for name, module in model.named_modules():
@@ -118,11 +128,15 @@ def locked_attentions(model: nn.Module) -> Iterator[str]:
 
 
 def _attention(model: nn.Module, name: str, module: nn.Module) -> Group | None:
+    """Return the attention in `module` unless its heads are locked to another's."""
+    found = _attention_of(model, name, module)
+    return None if found is None or _shared_per_head(model, name) else found
+
+
+def _attention_of(model: nn.Module, name: str, module: nn.Module) -> Group | None:
     fused = next((n for n in _FUSED if is_linear(getattr(module, n, None))), None)
     query, key, value = (_child(module, names) for names in (_QUERY, _KEY, _VALUE))
     if not fused and not (query and key and value):
-        return None
-    if _shared_per_head(model, name):
         return None
     if fused:
         out_name, copies = _FUSED[fused]

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from calib_data.batches import ImageShape
 from calib_data.errors import ConfigError, ModelError
 from compress.files import read_json, write_json
+from compress.sentence import SentenceEncoder, current_files
 from compress.signature import Signature, named_outputs
 from compress.tasks import CUSTOM, TASKS, Task
 from compress.versions import versions
 from compress.wrapper import Wrapper
 
-FORMAT = 1  # of onnxpress.json; raised when an older reader would misread a newer file
+FORMAT = 2  # of onnxpress.json; raised when an older reader would misread a newer file
+_PLAIN = 1  # of a checkpoint without adapters, which older readers know as well
 MANIFEST = "onnxpress.json"
 
 
@@ -27,7 +29,8 @@ class Checkpoint:
     """A module in eval mode with its task, processor, signature and history.
 
     `structure` maps a block's name to the units it keeps where that differs from the config;
-    `quantization` holds the scheme's settings and the names of the quantized modules.
+    `quantization` holds the scheme's settings and the names of the quantized modules, `adapters` the
+    method's settings and the names of the adapted ones.
     """
 
     module: nn.Module
@@ -36,6 +39,7 @@ class Checkpoint:
     processor: Any = None  # a tokenizer, an image processor, an ImageShape, or None
     structure: Mapping[str, int] = field(default_factory=dict)
     quantization: Mapping[str, Any] | None = None
+    adapters: Mapping[str, Any] | None = None
     lineage: tuple[Mapping[str, Any], ...] = ()
     sidecars: Mapping[str, bytes] = field(default_factory=dict)  # sentence-transformers files
     factory: str | None = None  # package.module:factory that made the module
@@ -143,11 +147,12 @@ def save_checkpoint(checkpoint: Checkpoint, directory: Path) -> None:
     write_json(
         directory / MANIFEST,
         {
-            "format": FORMAT,
+            "format": FORMAT if checkpoint.adapters else _PLAIN,
             "task": checkpoint.task,
             "factory": checkpoint.factory,
             "structure": dict(checkpoint.structure),
             "quantization": checkpoint.quantization,
+            **({"adapters": checkpoint.adapters} if checkpoint.adapters else {}),
             "sha256": weights_sha256(checkpoint.backbone),
             "lineage": list(checkpoint.lineage),
         },
@@ -165,7 +170,10 @@ def save_processor(checkpoint: Checkpoint, directory: Path) -> None:
     if checkpoint.processor is not None and not isinstance(checkpoint.processor, ImageShape):
         checkpoint.processor.save_pretrained(directory)
         _name_tokenizer_for_all(directory / "tokenizer_config.json")
-    for name, content in checkpoint.sidecars.items():
+    files = checkpoint.sidecars
+    if isinstance(checkpoint.module, SentenceEncoder):
+        files = current_files(checkpoint.module, files)
+    for name, content in files.items():
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)

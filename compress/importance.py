@@ -1,6 +1,7 @@
 """How much each head and neuron matters: gradients accumulated over calibration data."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from calib_data.errors import DataError, ModelError
 from compress.blocks import Group, input_columns
 from compress.checkpoint import Checkpoint
 from compress.losses import hard_loss
+
+# reads one backward pass: ∂L/∂mask of each of some units, shape (units,)
+Read = Callable[[], Tensor]
 
 
 def gradient_importance(
@@ -30,11 +34,32 @@ def gradient_importance(
     Raises `DataError` for no batches, `ModelError` for a loss that is not finite or gradients that
     are all zero.
     """
+    return importance_of(checkpoint, group_readers(checkpoint, groups), batches, seed, progress)
+
+
+def group_readers(checkpoint: Checkpoint, groups: Iterable[Group]) -> dict[str, Read]:
+    """Return what reads each group's mask gradients after a backward pass, by the group's key."""
+    readers: dict[str, Read] = {}
+    for group in groups:
+        if not _down_weight(checkpoint.backbone, group).requires_grad:
+            raise ModelError(f"{group.down}.weight is frozen, so it has no gradient; unfreeze it")
+        readers[group.key] = partial(_mask_gradient, checkpoint.backbone, group)
+    return readers
+
+
+def importance_of(
+    checkpoint: Checkpoint,
+    readers: Mapping[str, Read],
+    batches: Iterable[Mapping[str, Tensor]],
+    seed: int = 0,
+    progress: Callable[[], None] = lambda: None,
+) -> dict[str, Tensor]:
+    """Return the root mean square over `batches` of what each reader reads, as float64.
+
+    The loss and the errors are those of `gradient_importance`.
+    """
     module = checkpoint.module
-    weights = {g.key: _down_weight(checkpoint.backbone, g) for g in groups}
-    if frozen := [g.down for g in groups if not weights[g.key].requires_grad]:
-        raise ModelError(f"{frozen[0]}.weight is frozen, so it has no gradient; unfreeze it")
-    totals = {g.key: torch.zeros(g.units, dtype=torch.float64) for g in groups}
+    totals: dict[str, Tensor] = {}
     random = torch.Generator().manual_seed(seed)
     count = 0
     for batch in batches:
@@ -43,8 +68,9 @@ def gradient_importance(
             raise ModelError("the calibration loss is not finite; check the weights and the data")
         module.zero_grad(set_to_none=True)
         loss.backward()
-        for group in groups:
-            totals[group.key] += _mask_gradient(checkpoint.backbone, group).square().cpu()
+        for key, read in readers.items():
+            squares = read().double().square().cpu()
+            totals[key] = totals[key] + squares if key in totals else squares
         count += 1
         progress()
     module.zero_grad(set_to_none=True)

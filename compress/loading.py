@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from calib_data.batches import ImageShape
 from calib_data.errors import ModelError
+from compress.adapters import adapter_skeleton_, longest_adapted
 from compress.checkpoint import FORMAT, MANIFEST, Checkpoint, weights_sha256
 from compress.files import inside, read_json, sha256_file
 from compress.sentence import is_sentence_directory, read_modules, sidecars, wrap_backbone
@@ -30,13 +32,18 @@ _PACKAGED = {
 
 
 def open_checkpoint(
-    model: str | Path, *, task: str | None = None, trust_remote_code: bool = False
+    model: str | Path,
+    *,
+    task: str | None = None,
+    trust_remote_code: bool = False,
+    fallback: str | None = None,
 ) -> Checkpoint:
     """Return the checkpoint that `model` names, in float32 (int8 where quantized) and eval mode.
 
     `model` is a Hugging Face, sentence-transformers or onnxpress directory, a hub id, or
-    `package.module:factory`. Raises `ModelError` for weights that are missing, truncated, not
-    finite or do not fit, and `ConfigError` for a task that does not exist.
+    `package.module:factory`. `fallback` is its task where nothing tells one. Raises
+    `ModelError` for weights that are missing, truncated, not finite or do not fit, and `ConfigError`
+    for a task that does not exist.
     """
     name = str(model)
     if _is_factory(name):
@@ -53,9 +60,9 @@ def open_checkpoint(
             )
         return _open_factory(manifest["factory"], task, directory, manifest)
     checkpoint = _open_transformer(
-        directory, task or manifest.get("task"), manifest, trust_remote_code
+        directory, task or manifest.get("task"), manifest, trust_remote_code, fallback
     )
-    _check(checkpoint, name)
+    check_checkpoint(checkpoint, name)
     if not checkpoint.lineage:
         checkpoint = checkpoint.with_stage(
             "source", model=name if not Path(name).is_dir() else Path(name).resolve().name,
@@ -126,7 +133,11 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def _open_transformer(
-    directory: Path, task_name: str | None, manifest: Mapping[str, Any], trust: bool
+    directory: Path,
+    task_name: str | None,
+    manifest: Mapping[str, Any],
+    trust: bool,
+    fallback: str | None = None,
 ) -> Checkpoint:
     sentence = is_sentence_directory(directory)
     home = _transformer_home(directory) if sentence else directory
@@ -136,14 +147,15 @@ def _open_transformer(
     elif sentence:
         task = get_task("sentence-embedding")
     else:
-        task = task_of(config)
+        task = task_of(config, fallback)
     structure, quantization = manifest.get("structure") or {}, manifest.get("quantization")
-    if structure or quantization:
-        module = _rebuild(home, config, task, structure, quantization)
+    adapters = manifest.get("adapters")
+    if structure or quantization or adapters:
+        module = _rebuild(home, config, task, manifest)
     else:
         module = _from_pretrained(home, task, config, trust)
     module.eval()
-    processor = open_processor(home, _image_shape(module), trust, text=has_towers(module))
+    processor = open_processor(home, image_shape(module), trust, text=has_towers(module))
     limits = directory / "sentence_bert_config.json"
     if limits.is_file() and processor is not None and read_json(limits).get("max_seq_length"):
         processor.model_max_length = int(read_json(limits)["max_seq_length"])
@@ -152,13 +164,15 @@ def _open_transformer(
     if task.name == "sentence-embedding":
         files = sidecars(directory) if sentence else _mean_pooling_files()
         outer = wrap_backbone(module, files).eval()
+    signature = transformer_signature(outer, module, processor)
     return Checkpoint(
         module=outer,
         task=task.name,
-        signature=transformer_signature(outer, module, processor),
+        signature=replace(signature, longest=longest_adapted(signature, adapters)),
         processor=processor,
         structure=structure,
         quantization=quantization,
+        adapters=adapters,
         lineage=tuple(manifest.get("lineage") or ()),
         sidecars=files,
     )
@@ -246,10 +260,8 @@ def _from_pretrained(directory: Path, task: Task, config: Any, trust: bool) -> n
     return module
 
 
-def _rebuild(
-    directory: Path, config: Any, task: Task, structure: Mapping[str, int], quantization: Any
-) -> nn.Module:
-    """Return a pruned or quantized transformer: shapes from the manifest, then strict weights."""
+def _rebuild(directory: Path, config: Any, task: Task, manifest: Mapping[str, Any]) -> nn.Module:
+    """Return a changed transformer: its modules and shapes from the manifest, then strict weights."""
     import transformers
 
     from compress.quantize import quantized_skeleton_
@@ -260,9 +272,11 @@ def _rebuild(
     weights = _read_weights(directory)
     if not any(name.startswith("pooler.") for name in weights) and hasattr(module, "pooler"):
         module.pooler = None
-    resize_(module, structure)
-    if quantization:
-        quantized_skeleton_(module, quantization)
+    resize_(module, manifest.get("structure") or {})
+    if manifest.get("adapters"):
+        adapter_skeleton_(module.eval(), manifest["adapters"])
+    if manifest.get("quantization"):
+        quantized_skeleton_(module, manifest["quantization"])
     load_strictly_(module, weights, str(directory))
     return module
 
@@ -329,7 +343,7 @@ def open_processor(
         raise ModelError(f"{directory}: the {kind} cannot be read: {_line(error)}") from error
 
 
-def _image_shape(module: Any) -> ImageShape | None:
+def image_shape(module: Any) -> ImageShape | None:
     """Return the size of the images that `module` takes, or None where it takes text alone."""
     if getattr(module, "main_input_name", "") != "pixel_values" and not has_towers(module):
         return None
@@ -384,7 +398,7 @@ def _open_factory(
         lineage=tuple((manifest or {}).get("lineage") or ()),
         factory=name,
     )
-    _check(checkpoint, name)
+    check_checkpoint(checkpoint, name)
     if not checkpoint.lineage:
         return checkpoint.with_stage("source", model=name, sha256=weights_sha256(module))
     return checkpoint
@@ -406,7 +420,7 @@ def _named_examples(name: str, module: nn.Module, examples: Any) -> dict[str, Te
 # --- checks -------------------------------------------------------------------------------------
 
 
-def _check(checkpoint: Checkpoint, name: str) -> None:
+def check_checkpoint(checkpoint: Checkpoint, name: str) -> None:
     """Raise `ModelError` for weights that are not finite or a tokenizer too large for the table."""
     for key, value in checkpoint.module.state_dict().items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):

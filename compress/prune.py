@@ -8,6 +8,7 @@ from torch import nn
 
 from calib_data.batches import Batches
 from calib_data.errors import ModelError
+from compress.adapters import refuse_adapters
 from compress.blocks import find_groups, locked_attentions
 from compress.checkpoint import Checkpoint, StageResult, parameter_count, weights_sha256
 from compress.config import StageConfig, require
@@ -44,6 +45,7 @@ def prune(
     """
     if checkpoint.quantization:
         raise ModelError("this checkpoint is quantized already; prune first, then quantize")
+    refuse_adapters(checkpoint, "prune")
     groups = find_groups(checkpoint.backbone)
     locked = list(locked_attentions(checkpoint.backbone))
     if config.heads and locked:

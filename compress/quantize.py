@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from calib_data.errors import ModelError
+from compress.adapters import refuse_adapters
 from compress.blocks import features
 from compress.checkpoint import Checkpoint, StageResult, weights_sha256
 from compress.config import StageConfig, one_of, require
@@ -62,6 +63,7 @@ def quantize(
     """
     if checkpoint.quantization:
         raise ModelError("this checkpoint is quantized already; start from the float one")
+    refuse_adapters(checkpoint, "quantize")
     module = copy.deepcopy(checkpoint.module)
     quantized = replace(checkpoint, module=module)
     names = _quantizable(quantized, config.skip)

@@ -1,7 +1,8 @@
 """Sentence encoders in the sentence-transformers layout: transformer, pooling, projection, norm."""
 
+import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,60 @@ def wrap_backbone(backbone: nn.Module, files: Mapping[str, bytes]) -> SentenceEn
     if not modes:
         raise ModelError("modules.json lists no pooling, so there is no sentence embedding")
     return SentenceEncoder(backbone, modes, nn.Sequential(*projections), normalize)
+
+
+def narrowed(
+    encoder: SentenceEncoder, backbone: nn.Module, channels: Sequence[int]
+) -> SentenceEncoder:
+    """Return `encoder` around a `backbone` that keeps only `channels` of the hidden states.
+
+    A projection after the pooling takes fewer features then, and gives as many as before.
+    """
+    projections = copy.deepcopy(encoder.projections)
+    first = next((m for m in projections.modules() if isinstance(m, nn.Linear)), None)
+    if first is not None:
+        width = first.in_features // len(encoder.modes)
+        columns = [mode * width + c for mode in range(len(encoder.modes)) for c in channels]
+        first.weight = nn.Parameter(first.weight.detach()[:, columns].clone())
+        first.in_features = len(columns)
+    return SentenceEncoder(backbone, encoder.modes, projections, encoder.normalize)
+
+
+def current_files(encoder: SentenceEncoder, files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Return `files` with the widths of `encoder` and the weights of its projections as they are.
+
+    What is still true stays as it is, byte for byte.
+    """
+    from safetensors.torch import load, save
+
+    found = dict(files)
+    linears = iter(m for m in encoder.projections.modules() if isinstance(m, nn.Linear))
+    for module in json.loads(files["modules.json"]):
+        path, kind = module["path"], module["type"].rpartition(".")[2]
+        settings: dict[str, Any] = {}
+        if kind == "Pooling":
+            width = encoder.config.hidden_size
+            settings = {"word_embedding_dimension": width, "embedding_dimension": width}
+        elif kind == "Dense":
+            dense = next(linears)
+            settings = {"in_features": dense.in_features, "out_features": dense.out_features}
+            weights = {
+                f"linear.{k}": v.detach().cpu().contiguous() for k, v in dense.state_dict().items()
+            }
+            stored = load(files[f"{path}/model.safetensors"])
+            named = {k if k.startswith("linear.") else f"linear.{k}": v for k, v in stored.items()}
+            if not all(named[k].equal(v) for k, v in weights.items()):
+                found[f"{path}/model.safetensors"] = save(weights)
+        _update_settings_(found, f"{path}/config.json", settings)
+    return found
+
+
+def _update_settings_(files: dict[str, bytes], name: str, values: Mapping[str, Any]) -> None:
+    """Correct those of `values` that the settings in `files[name]` hold and that differ."""
+    old = json.loads(files.get(name, b"{}"))
+    new = {**old, **{key: value for key, value in values.items() if key in old}}
+    if new != old:
+        files[name] = json.dumps(new, indent=2).encode()
 
 
 def _settings(path: str, files: Mapping[str, bytes]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 from calib_data.errors import ConfigError, DestinationError
 from compress.files import destination_errors, sha256_directory, sha256_file, write_json
 from onnxpress import stages
-from onnxpress.stages import DataChoice, ModelChoice, ReportChoice, Run
+from onnxpress.stages import DataChoice, ModelChoice, ReportChoice, Run, StartChoice
 
 SOURCE = "model"  # what steps call the recipe's own model
 _STATE = ".onnxpress"
@@ -209,8 +209,9 @@ def _hash_model(model: str) -> str:
 
 
 def _hash_data(spec: str) -> str:
-    path = Path(spec)
-    return sha256_file(path) if path.is_file() else spec
+    from calib_data.sources import data_files
+
+    return "+".join(map(sha256_file, data_files(spec))) or spec
 
 
 # --- the stages, as recipes call them -----------------------------------------------------------
@@ -244,18 +245,42 @@ def _names(kind: type) -> set[str]:
 
 def _distill(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) -> dict[str, Any]:
     from compress.distill import DistillConfig
+    from compress.sizes import StudentShape
     from compress.training import TrainConfig
 
-    own = {"data", "teacher", "layers"}
+    shape = StudentShape.from_json(_take(settings, StudentShape))
+    own = {"data", "teacher", "cache_teacher"} | _names(StudentShape)
     _check_settings(settings, own, _names(DataChoice), _names(DistillConfig), _names(TrainConfig))
     train = TrainConfig.from_json({**_take(settings, TrainConfig), "seed": run.seed})
     config = DistillConfig.from_json({**_take(settings, DistillConfig), "train": train})
     teacher = ModelChoice(settings.get("teacher", recipe.model))
-    student = None if "layers" in settings else ModelChoice(settings["from"])
+    student = None if shape else ModelChoice(settings["from"])
     return stages.distill_model(
         teacher if student else ModelChoice(settings["from"]),
-        student, settings.get("layers"), _data(settings), config, out, run,
+        student, shape, _data(settings), config, out, run,
+        bool(settings.get("cache_teacher", False)),
     )  # fmt: skip
+
+
+def _finetune(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) -> dict[str, Any]:
+    from compress.adapters import AdapterConfig
+    from compress.finetune import finetune_config
+    from compress.training import TrainConfig
+
+    own = {"data", "eval", "pack", "task", "new_head", "merge"}
+    kinds = (DataChoice, AdapterConfig, TrainConfig)
+    _check_settings(settings, own, *map(_names, kinds))
+    config = finetune_config(
+        settings.get("method", "full"),
+        {k: v for k, v in _take(settings, AdapterConfig).items() if k != "method"},
+        {**_take(settings, TrainConfig), "seed": run.seed},
+        merge=settings.get("merge", False),
+    )
+    start = StartChoice(
+        settings["from"], task=settings.get("task"), new_head=settings.get("new_head", False)
+    )
+    pack, evaluation = settings.get("pack", False), settings.get("eval")
+    return stages.finetune_model(start, _data(settings), pack, evaluation, config, out, run)
 
 
 def _prune(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) -> dict[str, Any]:
@@ -301,6 +326,7 @@ def _report(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) ->
 
 _STAGES = {
     "distill": _Stage(_distill, ("from", "teacher"), 2),
+    "finetune": _Stage(_finetune, ("from",), 2),
     "prune": _Stage(_prune, ("from",), 2),
     "quantize": _Stage(_quantize, ("from",), 2),
     "export": _Stage(_export, ("from",), 3),

@@ -3,20 +3,24 @@
 Each function writes one directory, whole or not at all, and returns a JSON-able summary.
 """
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calib_data.errors import ConfigError
 
 if TYPE_CHECKING:
-    from calib_data.batches import Batches
+    from calib_data.batches import Batches, Objective
+    from calib_data.sources import Examples
     from compress.checkpoint import Checkpoint
     from compress.distill import DistillConfig
+    from compress.finetune import FinetuneConfig
     from compress.prune import PruneConfig
     from compress.quantize import QuantizeConfig
+    from compress.sizes import StudentShape
     from export.graph import ExportConfig
 
 Advance = Callable[..., None]
@@ -61,29 +65,96 @@ class DataChoice:
     batch_size: int = 32
     max_length: int | None = 128
 
-    def batches(self, checkpoint: "Checkpoint", seed: int, shuffle: bool) -> "Batches":
-        """Return the data encoded for `checkpoint`, its labels checked against the model's."""
-        from calib_data.batches import Batches, check_labels
+    def open(self, limit: int | None = None, seed: int = 0) -> "Examples":
+        """Return the examples, at most `limit` of them."""
         from calib_data.sources import open_data
 
+        return open_data(self.spec, self.columns, limit, seed)
+
+    def batches(
+        self,
+        checkpoint: "Checkpoint",
+        seed: int,
+        shuffle: bool,
+        objective: "Objective | None" = None,
+        examples: "Examples | None" = None,
+        teacher: "Checkpoint | None" = None,
+    ) -> "Batches":
+        """Return the data encoded for `checkpoint`, its labels checked against the model's.
+
+        `examples` are all there are, if they have been opened before. For a `teacher` with a
+        tokenizer of its own they are encoded by that as well.
+        """
+        from calib_data.batches import Batches, check_labels, same_tokenizer
+
         if self.max_length is not None and self.spec not in ("digits",):
-            checkpoint.check_length(self.max_length)
-        examples = open_data(self.spec, self.columns, self.limit, seed)
+            for model in filter(None, (checkpoint, teacher)):
+                model.check_length(self.max_length)
+        if examples is None:
+            examples = self.open(self.limit, seed)
+        examples = examples.limit(self.limit, seed)
         if checkpoint.task_row.target == "class" and "label" in examples.roles:
             names = getattr(checkpoint.config, "id2label", None) or {}
             if examples.label_names and set(examples.label_names) <= set(names.values()):
                 examples = examples.relabel([names[i] for i in sorted(names)])
             check_labels(examples, checkpoint.config.num_labels)
         joint = checkpoint.task.endswith("-classification")
+        processor = checkpoint.processor or (teacher and teacher.processor)
+        apart = teacher is not None and not same_tokenizer(processor, teacher.processor)
         return Batches(
             examples,
-            checkpoint.processor,
+            processor,
             batch_size=self.batch_size,
             max_length=self.max_length,
             seed=seed,
             shuffle=shuffle,
             field="both" if joint else "text",
+            teacher_processor=teacher.processor if teacher is not None and apart else None,
+            objective=objective,
         )
+
+
+@dataclass(frozen=True)
+class StartChoice:
+    """What fine-tuning starts from: a model, or a config file for one of random weights."""
+
+    model: str | None = None
+    from_config: Path | None = None
+    tokenizer: str | None = None  # with from_config: a directory, or "characters"
+    task: str | None = None
+    new_head: bool = False
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.from_config is None):
+            raise ConfigError("name either a MODEL or --from-config FILE")
+        if self.tokenizer is not None and self.from_config is None:
+            raise ConfigError("--tokenizer goes with --from-config; a MODEL brings its own")
+
+    def open(self, examples: "Examples", seed: int) -> "tuple[Checkpoint, tuple[str, ...]]":
+        """Return a checkpoint for the task that `examples` are for, and its random parameters."""
+        from compress.from_config import checkpoint_from_config, read_config
+        from compress.heads import classes_of, with_head
+        from compress.loading import open_checkpoint
+        from compress.tasks import task_of, training_task
+
+        if self.from_config is not None:
+            config = read_config(self.from_config)
+            own = task_of(config, "feature-extraction").name
+            task = training_task(config, examples.roles, self.task, own)
+            classes = classes_of(examples) if task.target == "class" else None
+            made = checkpoint_from_config(
+                self.from_config, config, task, self.tokenizer, examples, classes, seed
+            )
+            return made, tuple(name for name, _ in made.module.named_parameters())
+        source = open_checkpoint(
+            self.model or "",
+            trust_remote_code=self.trust_remote_code,
+            fallback="feature-extraction",
+        )
+        task = training_task(source.config, examples.roles, self.task, source.task)
+        classes = classes_of(examples) if task.target == "class" else None
+        return with_head(source, task, classes, seed, self.new_head)
 
 
 @dataclass(frozen=True)
@@ -100,33 +171,57 @@ class ReportChoice:
 def distill_model(
     teacher: ModelChoice,
     student: ModelChoice | None,
-    layers: int | None,
+    shape: "StudentShape",
     data: DataChoice,
     config: "DistillConfig",
     out: Path,
     run: Run,
+    cache_teacher: bool = False,
 ) -> dict[str, Any]:
-    """Train a student, from a directory or from the teacher's own layers, and write it."""
-    from compress.checkpoint import save_checkpoint
-    from compress.distill import distill
-    from compress.files import staged_directory
-    from compress.students import evenly_spaced, layer_stack, student_from_layers
+    """Train a student, from a directory or made of the teacher in `shape`, and write it.
 
-    if (student is None) == (layers is None):
-        raise ConfigError("name either --student or --layers")
+    With `cache_teacher`, the teacher's answers are kept in OUT.training until OUT is in place.
+    """
+    from compress.checkpoint import save_checkpoint
+    from compress.distill import AskTeacher, cached_teacher, distill, running_teacher
+    from compress.files import staged_directory
+
+    if (student is None) == (not shape):
+        raise ConfigError(
+            "name either --student or --layers, --keep-layers, --hidden, --heads or --ffn, with which "
+            "it is made of the teacher"
+        )
     with staged_directory(out, run.overwrite) as staging:
         source = teacher.open()
-        if student is not None:
-            start = student.open()
-        else:
-            keep = evenly_spaced(len(layer_stack(source.backbone)[1]), layers or 0)
-            start = student_from_layers(source, keep)
-        batches = data.batches(source, run.seed, shuffle=True)
+        start = student.open() if student else student_of(source, shape, data, run)
+        batches = data.batches(start, run.seed, shuffle=True, teacher=source)
+        ask: AskTeacher = running_teacher
+        workspace = out.with_name(f"{out.name}.training")
+        if cache_teacher:
+            batches = batches.numbered()
+            ask = cached_teacher(batches, workspace / "teacher", config.train)
         with run.progress("distill", config.train.steps) as advance:
-            result = distill(source, start, batches, config, advance)
+            result = distill(source, start, batches, config, advance, ask)
         save_checkpoint(result.checkpoint, staging)
+    shutil.rmtree(workspace, ignore_errors=True)
     report = {k: v for k, v in result.report.items() if k != "losses"}
     return {"stage": "distill", "path": str(out), **report}
+
+
+def student_of(
+    teacher: "Checkpoint", shape: "StudentShape", data: DataChoice, run: Run
+) -> "Checkpoint":
+    """Return a student in `shape`, its widths chosen on some rows of the data."""
+    from compress.resize import CALIBRATION_BATCHES
+    from compress.students import make_student
+
+    if not shape.narrows:
+        return make_student(teacher, shape)
+    most = CALIBRATION_BATCHES * data.batch_size
+    some = replace(data, limit=min(data.limit or most, most))
+    batches = some.batches(teacher, run.seed, shuffle=False)
+    with run.progress("student", len(batches)) as advance:
+        return make_student(teacher, shape, batches, run.seed, advance)
 
 
 def prune_model(
@@ -163,6 +258,48 @@ def quantize_model(
     report = {k: v for k, v in result.report.items() if k != "modules"}
     report["modules"] = len(result.report["modules"])
     return {"stage": "quantize", "path": str(out), **report}
+
+
+def finetune_model(
+    start: StartChoice,
+    data: DataChoice,
+    pack: bool,
+    evaluation: str | None,
+    config: "FinetuneConfig",
+    out: Path,
+    run: Run,
+) -> dict[str, Any]:
+    """Train a model on a task, whole or through an adapter, and write it."""
+    from compress.checkpoint import save_checkpoint
+    from compress.files import staged_directory
+    from compress.finetune import finetune, objective_of
+
+    with staged_directory(out, run.overwrite) as staging:
+        examples = data.open()
+        checkpoint, fresh = start.open(examples, run.seed)
+        objective = objective_of(checkpoint, pack)
+        batches = data.batches(checkpoint, run.seed, True, objective, examples)
+        measured = None
+        if evaluation is not None:
+            choice = replace(data, spec=evaluation, limit=None)
+            measured = choice.batches(checkpoint, run.seed, False, objective)
+        with run.progress("finetune", config.train.steps) as advance:
+            result = finetune(checkpoint, batches, config, measured, advance, fresh)
+        save_checkpoint(result.checkpoint, staging)
+    report = {k: v for k, v in result.report.items() if k != "losses"}
+    return {"stage": "finetune", "path": str(out), "task": checkpoint.task, **report}
+
+
+def merge_model(model: ModelChoice, out: Path, run: Run) -> dict[str, Any]:
+    """Make a model's adapter part of its weights and write it."""
+    from compress.adapters import merge
+    from compress.checkpoint import save_checkpoint
+    from compress.files import staged_directory
+
+    with staged_directory(out, run.overwrite) as staging:
+        result = merge(model.open())
+        save_checkpoint(result.checkpoint, staging)
+    return {"stage": "merge", "path": str(out), **result.report}
 
 
 def export_model(

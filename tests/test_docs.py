@@ -34,7 +34,8 @@ def test_documented_commands_work(name: str, tmp_path: Path) -> None:
         small = line.replace(MODEL, "tiny")
         small = re.sub(r"--steps \d+", "--steps 2", small)
         small = re.sub(r"--data (\S+)", r"--data \1 --max-length 32", small)
-        small = small.replace("--ffn", "--round-to 8 --ffn").replace("8x128", "8x32")
+        small = re.sub(r"--hidden \d+", "--hidden 16", re.sub(r"--ffn [1-9]\d*", "--ffn 32", small))
+        small = small.replace("--ffn 0", "--round-to 8 --ffn 0").replace("8x128", "8x32")
         if "benchmark" in small and "--shapes" not in small:
             small += " --shapes 1x8,4x16"
         done = subprocess.run(

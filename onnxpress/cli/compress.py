@@ -1,10 +1,12 @@
-"""`compress distill | prune | quantize | inspect`."""
+"""`compress distill | finetune | merge | prune | quantize | inspect`."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from onnxpress.cli.distillation import loss_options
+from onnxpress.cli.finetune import finetune_command, merge_command
 from onnxpress.cli.options import (
     Group,
     Output,
@@ -12,6 +14,7 @@ from onnxpress.cli.options import (
     data_options,
     model_argument,
     out_option,
+    student_options,
     task_option,
     trust_option,
 )
@@ -24,23 +27,29 @@ from onnxpress.stages import (
     quantize_model,
 )
 
+if TYPE_CHECKING:
+    from compress.sizes import StudentShape
+
 
 @click.group(cls=Group)
 def compress_group() -> None:
     """Make a model smaller: distill, prune, quantize, in any order that makes sense."""
 
 
+compress_group.add_command(finetune_command)
+compress_group.add_command(merge_command)
+
+
 @compress_group.command("distill")
 @click.option("--teacher", required=True, help="The model to learn from.")
 @click.option("--student", help="The model that learns: a directory, pruned or not.")
-@click.option("--layers", type=int, help="Or: this many of the teacher's layers, evenly spaced.")
+@student_options
 @data_options
 @task_option
 @trust_option
-@click.option("--losses", default="", help="Names with weights, as in embedding=1,hidden=0.5.")
-@click.option("--temperature", type=float, default=3.0, show_default=True)
+@loss_options
 @click.option(
-    "--alpha", type=float, default=0.7, show_default=True, help="Weight of soft against hard loss."
+    "--cache-teacher", is_flag=True, help="Keep the teacher's answers on disk for later epochs."
 )
 @click.option("--steps", type=int, default=300, show_default=True)
 @click.option("--lr", type=float, default=2e-4, show_default=True, help="Learning rate.")
@@ -51,13 +60,12 @@ def compress_group() -> None:
 def distill_command(
     teacher: str,
     student: str | None,
-    layers: int | None,
+    shape: "StudentShape",
     data: DataChoice,
     task: str | None,
     trust_remote_code: bool,
-    losses: str,
-    temperature: float,
-    alpha: float,
+    matching: dict[str, Any],
+    cache_teacher: bool,
     steps: int,
     lr: float,
     accumulate: int,
@@ -73,16 +81,16 @@ def distill_command(
     train = TrainConfig(
         steps=steps, learning_rate=lr, accumulate=accumulate, precision=precision, seed=run.seed
     )
-    chosen = tuple(part.strip() for part in losses.split(",") if part.strip())
-    config = DistillConfig(chosen, temperature, alpha, train)
+    config = DistillConfig(**matching, train=train)
     result = distill_model(
         ModelChoice(teacher, task, trust_remote_code),
         ModelChoice(student, task, trust_remote_code) if student else None,
-        layers,
+        shape,
         data,
         config,
         out,
         run,
+        cache_teacher,
     )
     output.show(
         result,

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from calib_data.errors import OnnxPressError
+from calib_data.errors import ConfigError, OnnxPressError
 from onnxpress.stages import Advance, DataChoice, ModelChoice, Run
 
 Command = Callable[..., Any]
@@ -113,8 +113,9 @@ def data_options(command: Command) -> Command:
     @click.option(
         "--data",
         required=True,
-        help="train.jsonl, dev.csv, pairs.tsv, x.parquet, lines.txt, hf:NAME[/CONFIG]:SPLIT, "
-        "pydoc[:train|:test] or digits[:train|:test].",
+        help="train.jsonl, dev.csv, pairs.tsv, x.parquet, lines.txt, train.de+train.en, images.npz, "
+        "whole:FILE[:train|:test], hf:NAME[/CONFIG]:SPLIT, pydoc[:train|:test] or "
+        "digits[:train|:test].",
     )
     @columns_option
     @click.option("--limit", type=int, help="Use at most this many examples, chosen by the seed.")
@@ -134,6 +135,37 @@ def data_options(command: Command) -> Command:
     ) -> Any:
         choice = DataChoice(data, columns, limit, batch_size, max_length)
         return command(*args, data=choice, **kwargs)
+
+    return wrapped
+
+
+def student_options(command: Command) -> Command:
+    """Add what a student has of its teacher: --layers … --ffn; the command takes `shape`."""
+
+    @click.option("--layers", type=int, help="Or: so many of the teacher's layers, evenly spaced.")
+    @click.option(
+        "--keep-layers", default="", help="Or: these of the teacher's layers, as in 0,2,5."
+    )
+    @click.option("--hidden", type=int, help="Width of the student's hidden states.")
+    @click.option("--heads", type=int, help="Attention heads of each of the student's layers.")
+    @click.option("--ffn", type=int, help="Feed-forward neurons of each of the student's layers.")
+    @functools.wraps(command)
+    def wrapped(
+        *args: Any,
+        layers: int | None,
+        keep_layers: str,
+        hidden: int | None,
+        heads: int | None,
+        ffn: int | None,
+        **kwargs: Any,
+    ) -> Any:
+        from compress.sizes import StudentShape
+
+        try:
+            kept = tuple(int(layer) for layer in keep_layers.split(",") if keep_layers)
+        except ValueError as error:
+            raise ConfigError(f"--keep-layers must be as in 0,2,5, got {keep_layers}") from error
+        return command(*args, shape=StudentShape(layers, kept, hidden, heads, ffn), **kwargs)
 
     return wrapped
 

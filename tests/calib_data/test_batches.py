@@ -4,12 +4,21 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from transformers import ViTImageProcessor
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 
-from calib_data.batches import Batches, ImageShape, check_labels, collect, model_inputs
+from calib_data.batches import (
+    Batches,
+    ImageShape,
+    check_labels,
+    collect,
+    model_inputs,
+    same_tokenizer,
+)
 from calib_data.errors import ConfigError, DataError
+from calib_data.objectives import Masked
 from calib_data.sources import Examples
-from tests.tiny import SENTENCES, tiny_tokenizer
+from tests.tiny import SENTENCES, tiny_batches, tiny_tokenizer
 
 
 def make(**columns: list) -> Examples:
@@ -62,6 +71,37 @@ def test_left_padding_and_no_pad_token() -> None:
     (batch,) = Batches(make(text=["the cat sat", "a"]), tokenizer)
     assert batch["attention_mask"].tolist() == [[1] * 5, [0, 0, 1, 1, 1]]
     assert batch["input_ids"][1].tolist() == [0, 0, *tokenizer("a")["input_ids"]]
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    model = models.WordLevel({"[UNK]": 0, "cat": 1, "the": 2}, unk_token="[UNK]")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+
+
+def test_a_teachers_own_tokenizer_sees_the_same_rows() -> None:
+    own, theirs = tiny_tokenizer(), word_tokenizer()
+    batches = Batches(texts(), own, batch_size=5, shuffle=True, teacher_processor=theirs)
+    plain = Batches(texts(), own, batch_size=5, shuffle=True)
+    for rows, batch, alone in zip(batches.rows, batches, plain, strict=True):
+        expected = theirs([SENTENCES[i] for i in rows], padding=False)["input_ids"]
+        mask = batch["teacher_attention_mask"].bool()
+        found = [ids[real].tolist() for ids, real in zip(batch["teacher_input_ids"], mask)]
+        assert found == expected
+        assert all(batch[name].equal(value) for name, value in alone.items())
+    assert batches.fingerprint != plain.fingerprint
+    twice = Batches(texts(), own, batch_size=5, shuffle=True, teacher_processor=own)
+    assert twice.fingerprint != batches.fingerprint
+
+
+def test_tokenizers_are_told_apart_by_what_they_give() -> None:
+    assert same_tokenizer(tiny_tokenizer(), tiny_tokenizer())
+    assert not same_tokenizer(tiny_tokenizer(), word_tokenizer())
+    kept = tiny_tokenizer()  # the same words, and nothing around a text
+    kept._tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    assert not same_tokenizer(tiny_tokenizer(), kept)
+    assert same_tokenizer(ImageShape(8), ImageShape(8))
 
 
 def test_truncation_respects_the_smaller_bound() -> None:
@@ -180,3 +220,25 @@ def test_what_does_not_fit_is_refused() -> None:
         Batches(make(image=[np.zeros((8, 8))]), tiny_tokenizer())
     with pytest.raises(DataError, match="less than one batch"):
         Batches(texts(3), tiny_tokenizer(), drop_last=True)
+
+
+def test_numbered_batches_say_which_rows_they_hold() -> None:
+    plain = tiny_batches(8, 3)
+    numbered = plain.numbered()
+    for epoch in range(2):
+        for rows, batch, other in zip(
+            numbered._plan(epoch), numbered.iterate(epoch), plain.iterate(epoch)
+        ):
+            assert batch.pop("rows").tolist() == rows.tolist()
+            assert batch.keys() == other.keys()
+            assert all(batch[name].equal(value) for name, value in other.items())
+    assert numbered.fingerprint == plain.fingerprint
+    assert "rows" not in model_inputs(next(iter(numbered)))
+
+
+def test_masked_batches_are_not_steady() -> None:
+    plain = tiny_batches(8, 8)
+    assert plain.steady()
+    objective = Masked(tiny_tokenizer())
+    masked = Batches(plain.examples, tiny_tokenizer(), batch_size=8, objective=objective)
+    assert not masked.steady()

@@ -17,6 +17,7 @@ CHANGED: list[StageConfig] = [
     QuantizeConfig("weight-only", bits=8, block_size=64),
     TrainConfig(steps=7, learning_rate=1e-3, schedule="linear", precision="bf16"),
     DistillConfig(losses=("hidden", "logits=0.5"), temperature=2.0, train=TrainConfig(steps=9)),
+    DistillConfig(alpha=0.5, beta=0.1, layer_map="0:1,-1:-1", relation_map="0:3", relation_heads=8),
     ExportConfig(target="portable", opset=20),
 ]
 CLASSES = [type(config) for config in CHANGED]
@@ -59,6 +60,15 @@ BAD: list[tuple[type[StageConfig], dict[str, Any]]] = [
     (DistillConfig, {"alpha": 1.1}),
     (DistillConfig, {"losses": ["logitz"]}),
     (DistillConfig, {"losses": ["logits=much"]}),
+    (DistillConfig, {"losses": ["logits=-1"]}),
+    (DistillConfig, {"losses": ["logits=nan"]}),
+    (DistillConfig, {"losses": ["logits", "logits=2"]}),
+    (DistillConfig, {"beta": 0.0}),
+    (DistillConfig, {"beta": 1.0}),
+    (DistillConfig, {"layer_map": "first"}),
+    (DistillConfig, {"relation_map": "-1:0"}),
+    (DistillConfig, {"relation_heads": -1}),
+    (DistillConfig, {"contrast_temperature": 0.0}),
     (DistillConfig, {"train": {"steps": 0}}),
     (ExportConfig, {"target": "tpu"}),
     (ExportConfig, {"opset": 17}),

@@ -93,9 +93,21 @@ def test_cache_indices_follow() -> None:
     assert student.module.generate(ids, max_new_tokens=2, do_sample=False).shape[1] > 3
 
 
-def test_quantized_and_two_stacks_are_refused() -> None:
+def test_quantized_teachers_and_those_with_sizes_in_code_are_refused() -> None:
     made = quantize(tiny_checkpoint("bert"), QuantizeConfig()).checkpoint
     with pytest.raises(ModelError, match="start from the float one"):
         student_from_layers(made, [0])
-    with pytest.raises(ModelError, match="exactly one"):
-        student_from_layers(tiny_checkpoint("bart"), [0])
+    factory = open_checkpoint("tests.compress.factories:mixer")
+    with pytest.raises(ModelError, match="sizes in code"):
+        student_from_layers(factory, [0])
+
+
+def test_two_stacks_are_not_one() -> None:
+    with pytest.raises(ModelError, match="2 stacks of layers"):
+        layer_stack(tiny_checkpoint("bart").module)
+
+
+@pytest.mark.parametrize("keep", [[-1, 0], [0, 4]])
+def test_layers_that_there_are_not_are_refused(keep: list[int]) -> None:
+    with pytest.raises(ConfigError, match="from 0 to 3"):
+        student_from_layers(tiny_checkpoint("bert", num_hidden_layers=4), keep)

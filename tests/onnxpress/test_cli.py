@@ -97,6 +97,53 @@ def test_students_from_layers(place: Path, tmp_path: Path) -> None:
     assert sum(name.endswith("heads") for name in told["layers"]) == 1
 
 
+def test_narrower_students_and_a_cached_teacher(place: Path, tmp_path: Path) -> None:
+    common = (
+        "compress", "distill", "--teacher", place / "encoder", "--data", place / "text.txt",
+        "--max-length", 32, "--steps", 3,
+    )  # fmt: skip
+    shape = ("--keep-layers", "1", "--hidden", 16, "--heads", 2, "--ffn", 32)
+    told = [
+        must(*common, *shape, "--losses", "similarity,hidden", *cache, "-o", tmp_path / name)
+        for name, cache in (("plain", ()), ("cached", ("--cache-teacher",)))
+    ]
+    assert told[0]["loss_last"] == pytest.approx(told[1]["loss_last"], rel=1e-3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cached", "plain"]
+    config = json.loads((tmp_path / "cached" / "config.json").read_text())
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+    assert [config[name] for name in names] == [1, 16, 2, 32]
+    pooling = json.loads((tmp_path / "cached" / "1_Pooling" / "config.json").read_text())
+    assert pooling["word_embedding_dimension"] == 16
+
+
+STUDENT = ("compress", "distill", "--teacher", "{place}/encoder", "--data", "{place}/text.txt",
+           "--max-length", "32", "-o", "{out}")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        ((), 2, "--student or --layers"),
+        (("--student", "{place}/encoder", "--ffn", "32"), 2, "--student or --layers"),
+        (("--layers", "1", "--keep-layers", "0"), 2, "the same thing"),
+        (("--keep-layers", "0,x"), 2, "as in 0,2,5, got 0,x"),
+        (("--keep-layers", "0,2"), 2, "from 0 to 1"),
+        (("--hidden", "20"), 2, "--hidden 16 or 24"),
+        (("--hidden", "16", "--losses", "embedding"), 4, "similarity takes any width"),
+        (("--layers", "1", "--cache-teacher", "--losses", "attention"), 2, "use relations"),
+    ],
+)
+def test_students_that_cannot_be(
+    words: tuple[str, ...], code: int, told: str, place: Path, tmp_path: Path
+) -> None:
+    filled = [word.format(place=place, out=tmp_path / "out") for word in (*STUDENT, *words)]
+    result = invoke(*filled)
+    assert result.exit_code == code, result.output
+    assert told in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_text_output_is_for_people(place: Path) -> None:
     result = invoke("compress", "inspect", place / "encoder")
     assert result.exit_code == 0
