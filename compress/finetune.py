@@ -84,7 +84,7 @@ def objective_of(checkpoint: Checkpoint, pack: bool) -> Objective:
         not pack or target == "next-token",
         f"--pack is for text-generation, not for {checkpoint.task}; leave it out",
     )
-    return Packed() if pack else _OBJECTIVES[target](checkpoint)
+    return Packed() if pack else _OBJECTIVES.get(target, lambda _: Objective())(checkpoint)
 
 
 def finetune(

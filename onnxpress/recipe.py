@@ -243,19 +243,29 @@ def _names(kind: type) -> set[str]:
     return {field.name for field in fields(kind)} - {"seed"}
 
 
+# settings of a distillation step → fields of GenerateConfig
+_GENERATE = {
+    "generate": "new_tokens",
+    "prompt_tokens": "prompt_tokens",
+    "generate_temperature": "temperature",
+}
+
+
 def _distill(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) -> dict[str, Any]:
     from compress.distill import DistillConfig
     from compress.training import TrainConfig
 
-    own = {"data", "teacher", "layers"}
+    own = {"data", "teacher", "layers", "pack", *_GENERATE}
     _check_settings(settings, own, _names(DataChoice), _names(DistillConfig), _names(TrainConfig))
     train = TrainConfig.from_json({**_take(settings, TrainConfig), "seed": run.seed})
     config = DistillConfig.from_json({**_take(settings, DistillConfig), "train": train})
+    generate = {name: settings[key] for key, name in _GENERATE.items() if key in settings}
     teacher = ModelChoice(settings.get("teacher", recipe.model))
     student = None if "layers" in settings else ModelChoice(settings["from"])
     return stages.distill_model(
         teacher if student else ModelChoice(settings["from"]),
         student, settings.get("layers"), _data(settings), config, out, run,
+        pack=settings.get("pack", False), generate=generate if "new_tokens" in generate else None,
     )  # fmt: skip
 
 

@@ -3,8 +3,9 @@
 Each function writes one directory, whole or not at all, and returns a JSON-able summary.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -174,11 +175,19 @@ def distill_model(
     config: "DistillConfig",
     out: Path,
     run: Run,
+    *,
+    pack: bool = False,
+    generate: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train a student, from a directory or from the teacher's own layers, and write it."""
+    """Train a student, from a directory or from the teacher's own layers, and write it.
+
+    With `generate`, settings of `GenerateConfig`, it is trained on what the teacher makes of the data,
+    which is kept beside `out` until that is written.
+    """
     from compress.checkpoint import save_checkpoint
     from compress.distill import distill
     from compress.files import staged_directory
+    from compress.finetune import objective_of
     from compress.students import evenly_spaced, layer_stack, student_from_layers
 
     if (student is None) == (layers is None):
@@ -190,12 +199,32 @@ def distill_model(
         else:
             keep = evenly_spaced(len(layer_stack(source.backbone)[1]), layers or 0)
             start = student_from_layers(source, keep)
-        batches = data.batches(start, run.seed, shuffle=True, teacher=source)
+        examples, kept = None, out.with_name(f"{out.name}.training") / "generations"
+        if generate is not None:
+            examples = _generated(source, data, generate, kept, run)
+        objective = objective_of(start, pack)
+        batches = data.batches(start, run.seed, True, objective, examples, source)
         with run.progress("distill", config.train.steps) as advance:
             result = distill(source, start, batches, config, advance)
         save_checkpoint(result.checkpoint, staging)
+    shutil.rmtree(kept, ignore_errors=True)
+    with suppress(OSError):  # where nothing else is in it
+        kept.parent.rmdir()
     report = {k: v for k, v in result.report.items() if k != "losses"}
     return {"stage": "distill", "path": str(out), **report}
+
+
+def _generated(
+    teacher: "Checkpoint", data: DataChoice, settings: Mapping[str, Any], directory: Path, run: Run
+) -> "Examples":
+    """Return what the teacher makes of the data."""
+    from compress.generations import GenerateConfig, generate_examples
+
+    given = {"batch_size": data.batch_size, "max_length": data.max_length, "seed": run.seed}
+    config = GenerateConfig.from_json({**given, **settings})
+    with run.progress("generate", None) as advance:
+        examples = data.open(data.limit, run.seed)
+        return generate_examples(teacher, examples, config, directory, advance)
 
 
 def prune_model(

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from onnxpress.cli.distillation import loss_options
+from onnxpress.cli.distillation import loss_options, text_options
 from onnxpress.cli.finetune import finetune_command, merge_command
 from onnxpress.cli.options import (
     Group,
@@ -44,6 +44,7 @@ compress_group.add_command(merge_command)
 @task_option
 @trust_option
 @loss_options
+@text_options
 @click.option("--steps", type=int, default=300, show_default=True)
 @click.option("--lr", type=float, default=2e-4, show_default=True, help="Learning rate.")
 @click.option("--accumulate", type=int, default=1, show_default=True, help="Batches per step.")
@@ -58,6 +59,8 @@ def distill_command(
     task: str | None,
     trust_remote_code: bool,
     matching: dict[str, Any],
+    pack: bool,
+    generate: dict[str, Any] | None,
     steps: int,
     lr: float,
     accumulate: int,
@@ -82,6 +85,8 @@ def distill_command(
         config,
         out,
         run,
+        pack=pack,
+        generate=generate,
     )
     output.show(
         result,
