@@ -393,7 +393,7 @@ def _read_npz(path: Path, split: str | None) -> _Table:
         # Never unpickled: an array of objects raises ValueError.
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} cannot be read as .npz: {_one_line(error)}") from error
     found: dict[str, _Table] = {}
     for role, prefixes in _NPZ_ROLES.items():

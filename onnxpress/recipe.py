@@ -280,7 +280,9 @@ def _finetune(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) 
     config = finetune_config(
         settings.get("method", "full"),
         {k: v for k, v in _take(settings, AdapterConfig).items() if k != "method"},
-        {**_take(settings, TrainConfig), "seed": run.seed},
+        # `dropout` is the adapter's; that of the model is on, as on the command line
+        {k: v for k, v in _take(settings, TrainConfig).items() if k != "dropout"}
+        | {"seed": run.seed},
         merge=settings.get("merge", False),
     )
     start = StartChoice(

@@ -190,6 +190,7 @@ def _inspect_text(found: dict[str, Any]) -> str:
         f"outputs     {', '.join(found['outputs'])}",
         f"max length  {found['max_length'] or 'no limit'}",
         f"quantized   {found['int8_modules']} modules",
+        *([f"adapter     {found['adapter']}, not merged"] if found["adapter"] else []),
         *_layer_lines(found["layers"]),
     ]
     for stage in found["lineage"]:
