@@ -33,7 +33,7 @@ from compress.tasks import get_task
 from compress.training import TrainConfig, units
 from tests.tiny import SENTENCES, tiny_batches, tiny_checkpoint, tiny_tokenizer
 
-BRIEF = TrainConfig(steps=30, learning_rate=3e-3, warmup=0.0)
+BRIEF = TrainConfig(steps=60, learning_rate=3e-3, warmup=0.0)
 LABELS = [int("cat" in text or "bird" in text) for text in SENTENCES[:16]]
 
 
@@ -90,25 +90,23 @@ def test_every_task_learns(name: str) -> None:
 
 @pytest.mark.parametrize("method", SETTINGS)
 def test_every_method_learns(method: str) -> None:
-    source, batches = case("classes")
-    rate = {"ia3": 3e-2, "prefix": 3e-2}.get(method, 1e-2)
+    source, batches = case("next")
     adapter = AdapterConfig(method, virtual_tokens=4 if method == "prefix" else None)
-    config = FinetuneConfig(adapter, train=replace(BRIEF, learning_rate=rate))
+    config = FinetuneConfig(adapter, train=replace(BRIEF, learning_rate=1e-2, steps=30))
     result = finetune(source, batches, config, batches)
     assert result.report["loss_last"] < result.report["loss_first"]
-    assert result.report["eval_loss"] < evaluate(source, batches)["eval_loss"]
+    assert result.report["eval_loss"] < 0.995 * evaluate(source, batches)["eval_loss"]
     assert 0 < result.report["trained"] < result.report["parameters"]
     kept = result.checkpoint.module.state_dict()
     for key, value in source.module.state_dict().items():  # what is adapted stays as it was
-        if not key.startswith("classifier"):
-            parent, _, last = key.rpartition(".")
-            found = kept[key] if key in kept else kept[f"{parent}.base_layer.{last}"]
-            assert torch.equal(found, value), key
+        parent, _, last = key.rpartition(".")
+        found = kept[key] if key in kept else kept[f"{parent}.base_layer.{last}"]
+        assert torch.equal(found, value), key
 
 
 def test_merged_at_the_end() -> None:
     source, batches = case("classes")
-    config = FinetuneConfig(AdapterConfig("lora"), merge=True, train=BRIEF)
+    config = FinetuneConfig(AdapterConfig("lora"), merge=True, train=replace(BRIEF, steps=5))
     merged = finetune(source, batches, config).checkpoint
     apart = finetune(source, batches, replace(config, merge=False)).checkpoint
     assert merged.adapters is None
@@ -135,9 +133,9 @@ def test_losses_are_means_over_the_whole_step(name: str) -> None:
             labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         if name == "scores":
             labels = batch["scores"]
-        names = {n: v for n, v in batch.items() if n not in ("labels", "scores")}
+        given = {n: v for n, v in batch.items() if n in source.signature.names}
         model: Any = source.module
-        return float(model(**names, labels=labels).loss)
+        return float(model(**given, labels=labels).loss)
 
     with torch.no_grad():
         for batch in parts:
@@ -230,7 +228,7 @@ def test_classes_that_are_learned_anew() -> None:
         (
             lambda: tiny_checkpoint("bert", "fill-mask", max_position_embeddings=8),
             ConfigError,
-            "a text of 15 tokens, the model takes 8; pass --max-length 8",
+            "a text of 17 tokens, the model takes 8; pass --max-length 8",
         ),
     ],
 )
