@@ -84,6 +84,10 @@ class Batches:
             if teacher_processor
             else None
         )
+        if self._teachers is not None and len(self._teachers.lengths) != len(self.lengths):
+            raise ConfigError(
+                "packed texts have no rows in common with another tokenizer's; leave --pack out"
+            )
         self._targets: dict[str, Tensor] = {}
         if "label" in examples.roles and self._objective.labelled:
             self._targets["labels"] = torch.tensor(examples.column("label"), dtype=torch.int64)

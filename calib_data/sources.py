@@ -365,10 +365,9 @@ def _read_aligned(spec: str) -> _Table:
         raise DataError(f"{spec} joins {len(parts)} files; name two, as in train.de+train.en")
     columns = []
     for part in parts:
-        table = _read_file(part, [])
-        if list(table) != ["text"]:
+        if Path(part).suffix.lower() in {**_TABLES, **_READERS}:
             raise DataError(f"{part} is no file of lines; only these can be joined with +")
-        columns.append(table["text"])
+        columns.append(_read_file(part, [])["text"])
     if len(columns[0]) != len(columns[1]):
         counts = " and ".join(str(len(column)) for column in columns)
         raise DataError(f"{spec} has {counts} lines; pairs need as many in both files")
@@ -393,7 +392,7 @@ def _read_npz(path: Path, split: str | None) -> _Table:
         # Never unpickled: an array of objects raises ValueError.
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} cannot be read as .npz: {_one_line(error)}") from error
     found: dict[str, _Table] = {}
     for role, prefixes in _NPZ_ROLES.items():

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -84,7 +85,7 @@ def objective_of(checkpoint: Checkpoint, pack: bool) -> Objective:
         not pack or target == "next-token",
         f"--pack is for text-generation, not for {checkpoint.task}; leave it out",
     )
-    return Packed() if pack else _OBJECTIVES[target](checkpoint)
+    return Packed() if pack else _OBJECTIVES.get(target, lambda _: Objective())(checkpoint)
 
 
 def finetune(
@@ -142,17 +143,29 @@ def evaluate(checkpoint: Checkpoint, batches: Batches) -> dict[str, float]:
     Classes: `accuracy` in percent; scores: `spearman` × 100; tokens: `perplexity`.
     """
     _check_lengths(checkpoint, batches)
-    device = next(checkpoint.module.parameters()).device
+    sum_of, unit = _LOSSES[_target(checkpoint)]
+    measure = _MEASURES.get(_target(checkpoint))
+    module = checkpoint.module
+    device, training = next(module.parameters()).device, module.training
     total, count = 0.0, 0.0
+    kept: list[np.ndarray] = []
+    module.eval()
     with torch.inference_mode():
         for batch in batches:
-            value, unit = task_loss(checkpoint, {k: v.to(device) for k, v in batch.items()})
-            total, count = total + float(value), count + units(batch)[unit]
+            moved = {name: value.to(device) for name, value in batch.items()}
+            logits = checkpoint.forward(moved)["logits"].float()
+            total, count = total + float(sum_of(logits, moved)), count + units(batch)[unit]
+            if measure is not None:
+                kept.append(logits.cpu().numpy())
+    module.train(training)
     loss = total / max(count, 1.0)
-    measure = _MEASURES.get(_target(checkpoint))
     if measure is None:
-        return {"eval_loss": loss, "perplexity": float(torch.tensor(loss).double().exp())}
-    found = measure(checkpoint.predict, batches)
+        return {
+            "eval_loss": loss,
+            "perplexity": float(torch.tensor(loss, dtype=torch.float64).exp()),
+        }
+    again = iter(kept)
+    found = measure(lambda inputs: {"logits": next(again)}, batches)
     return {"eval_loss": loss, found.name: found.value}
 
 

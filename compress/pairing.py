@@ -45,8 +45,10 @@ def pair_up(
     paired = any(name.startswith(TEACHER) for name in rows)
     if not paired:
         _check_inputs(teacher, student)
-    weights = config.weights(_DEFAULT.get(student.output, ("hidden",)))
-    weights = config.mixed(weights, _labelled(student, rows))
+    default = _DEFAULT.get(student.output, ("hidden",))
+    if paired:  # no token of the one is a token of the other
+        default = tuple(name for name in default if LOSSES[name].kind is not LAYERS)
+    weights = config.mixed(config.weights(default), _labelled(student, rows))
     setup = Setup(student.task_row.target, student.output)
     kinds = {LOSSES[name].kind for name in weights}
     if kinds & {LAYERS, MAPS, RELATIONS}:

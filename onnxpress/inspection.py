@@ -21,6 +21,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "outputs": list(checkpoint.signature.outputs),
         "max_length": checkpoint.max_length,
         "int8_modules": len((checkpoint.quantization or {}).get("modules", ())),
+        "adapter": (checkpoint.adapters or {}).get("method"),
         "layers": _layers(checkpoint),
         "lineage": [dict(stage) for stage in checkpoint.lineage],
     }

@@ -243,22 +243,32 @@ def _names(kind: type) -> set[str]:
     return {field.name for field in fields(kind)} - {"seed"}
 
 
+# settings of a distillation step → fields of GenerateConfig
+_GENERATE = {
+    "generate": "new_tokens",
+    "prompt_tokens": "prompt_tokens",
+    "generate_temperature": "temperature",
+}
+
+
 def _distill(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) -> dict[str, Any]:
     from compress.distill import DistillConfig
     from compress.sizes import StudentShape
     from compress.training import TrainConfig
 
     shape = StudentShape.from_json(_take(settings, StudentShape))
-    own = {"data", "teacher", "cache_teacher"} | _names(StudentShape)
+    own = {"data", "teacher", "cache_teacher", "pack", *_GENERATE} | _names(StudentShape)
     _check_settings(settings, own, _names(DataChoice), _names(DistillConfig), _names(TrainConfig))
     train = TrainConfig.from_json({**_take(settings, TrainConfig), "seed": run.seed})
     config = DistillConfig.from_json({**_take(settings, DistillConfig), "train": train})
+    generate = {name: settings[key] for key, name in _GENERATE.items() if key in settings}
     teacher = ModelChoice(settings.get("teacher", recipe.model))
     student = None if shape else ModelChoice(settings["from"])
     return stages.distill_model(
         teacher if student else ModelChoice(settings["from"]),
         student, shape, _data(settings), config, out, run,
-        bool(settings.get("cache_teacher", False)),
+        pack=settings.get("pack", False), generate=generate if "new_tokens" in generate else None,
+        cache_teacher=settings.get("cache_teacher", False),
     )  # fmt: skip
 
 
@@ -273,7 +283,9 @@ def _finetune(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) 
     config = finetune_config(
         settings.get("method", "full"),
         {k: v for k, v in _take(settings, AdapterConfig).items() if k != "method"},
-        {**_take(settings, TrainConfig), "seed": run.seed},
+        # `dropout` is the adapter's; that of the model is on, as on the command line
+        {k: v for k, v in _take(settings, TrainConfig).items() if k != "dropout"}
+        | {"seed": run.seed},
         merge=settings.get("merge", False),
     )
     start = StartChoice(

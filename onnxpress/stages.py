@@ -4,7 +4,7 @@ Each function writes one directory, whole or not at all, and returns a JSON-able
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -176,15 +176,21 @@ def distill_model(
     config: "DistillConfig",
     out: Path,
     run: Run,
+    *,
+    pack: bool = False,
+    generate: Mapping[str, Any] | None = None,
     cache_teacher: bool = False,
 ) -> dict[str, Any]:
     """Train a student, from a directory or made of the teacher in `shape`, and write it.
 
-    With `cache_teacher`, the teacher's answers are kept in OUT.training until OUT is in place.
+    With `generate`, settings of `GenerateConfig`, it is trained on what the teacher makes of the data;
+    with `cache_teacher` the teacher's answers are looked up. Both are kept in OUT.training until OUT is
+    in place.
     """
     from compress.checkpoint import save_checkpoint
     from compress.distill import AskTeacher, cached_teacher, distill, running_teacher
     from compress.files import staged_directory
+    from compress.finetune import objective_of
 
     if (student is None) == (not shape):
         raise ConfigError(
@@ -194,9 +200,13 @@ def distill_model(
     with staged_directory(out, run.overwrite) as staging:
         source = teacher.open()
         start = student.open() if student else student_of(source, shape, data, run)
-        batches = data.batches(start, run.seed, shuffle=True, teacher=source)
-        ask: AskTeacher = running_teacher
         workspace = out.with_name(f"{out.name}.training")
+        examples = None
+        if generate is not None:
+            examples = _generated(source, data, generate, workspace / "generations", run)
+        objective = objective_of(start, pack)
+        batches = data.batches(start, run.seed, True, objective, examples, source)
+        ask: AskTeacher = running_teacher
         if cache_teacher:
             batches = batches.numbered()
             ask = cached_teacher(batches, workspace / "teacher", config.train)
@@ -222,6 +232,19 @@ def student_of(
     batches = some.batches(teacher, run.seed, shuffle=False)
     with run.progress("student", len(batches)) as advance:
         return make_student(teacher, shape, batches, run.seed, advance)
+
+
+def _generated(
+    teacher: "Checkpoint", data: DataChoice, settings: Mapping[str, Any], directory: Path, run: Run
+) -> "Examples":
+    """Return what the teacher makes of the data."""
+    from compress.generations import GenerateConfig, generate_examples
+
+    given = {"batch_size": data.batch_size, "max_length": data.max_length, "seed": run.seed}
+    config = GenerateConfig.from_json({**given, **settings})
+    with run.progress("generate", None) as advance:
+        examples = data.open(data.limit, run.seed)
+        return generate_examples(teacher, examples, config, directory, advance)
 
 
 def prune_model(

@@ -1,5 +1,6 @@
 """The README's and the guide's commands, run as they stand through a real bash, on a small model."""
 
+import json
 import os
 import re
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import tiny_checkpoint, write, write_sentence_encoder
+from tests.tiny import SENTENCES, tiny_checkpoint, write, write_sentence_encoder
 
 ROOT = Path(__file__).parents[1]
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -21,6 +22,15 @@ def commands(name: str) -> list[str]:
     return [line for line in lines if not line.startswith(("make ", "git ", "cd "))]
 
 
+def write_data(folder: Path) -> None:
+    """Write the files that the commands call their own."""
+    reviews = "".join(f"{text}\t{len(text) % 2}\n" for text in SENTENCES)
+    (folder / "reviews.tsv").write_text(f"sentence\tlabel\n{reviews}")
+    (folder / "play.txt").write_text("\n".join(SENTENCES))
+    config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64}
+    (folder / "gpt.json").write_text(json.dumps(config))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["README.md", "docs/guide.md"])
 def test_documented_commands_work(name: str, tmp_path: Path) -> None:
@@ -28,6 +38,7 @@ def test_documented_commands_work(name: str, tmp_path: Path) -> None:
     assert lines
     write_sentence_encoder(tmp_path / "tiny", num_hidden_layers=4)
     write(tiny_checkpoint("llama", "text-generation"), tmp_path / "my-decoder")
+    write_data(tmp_path)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for line in lines:
         # the small model in place of the real one, which takes minutes; all else as documented

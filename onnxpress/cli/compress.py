@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxpress.cli.distillation import loss_options
+from onnxpress.cli.distillation import loss_options, text_options
 from onnxpress.cli.finetune import finetune_command, merge_command
 from onnxpress.cli.options import (
     Group,
@@ -51,6 +51,7 @@ compress_group.add_command(merge_command)
 @click.option(
     "--cache-teacher", is_flag=True, help="Keep the teacher's answers on disk for later epochs."
 )
+@text_options
 @click.option("--steps", type=int, default=300, show_default=True)
 @click.option("--lr", type=float, default=2e-4, show_default=True, help="Learning rate.")
 @click.option("--accumulate", type=int, default=1, show_default=True, help="Batches per step.")
@@ -66,6 +67,8 @@ def distill_command(
     trust_remote_code: bool,
     matching: dict[str, Any],
     cache_teacher: bool,
+    pack: bool,
+    generate: dict[str, Any] | None,
     steps: int,
     lr: float,
     accumulate: int,
@@ -90,7 +93,9 @@ def distill_command(
         config,
         out,
         run,
-        cache_teacher,
+        pack=pack,
+        generate=generate,
+        cache_teacher=cache_teacher,
     )
     output.show(
         result,
@@ -194,6 +199,7 @@ def _inspect_text(found: dict[str, Any]) -> str:
         f"outputs     {', '.join(found['outputs'])}",
         f"max length  {found['max_length'] or 'no limit'}",
         f"quantized   {found['int8_modules']} modules",
+        *([f"adapter     {found['adapter']}, not merged"] if found["adapter"] else []),
         *_layer_lines(found["layers"]),
     ]
     for stage in found["lineage"]:

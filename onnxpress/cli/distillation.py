@@ -1,4 +1,4 @@
-"""The options that say what a student matches."""
+"""The options that say what a student matches, and on which texts."""
 
 import functools
 from typing import Any
@@ -81,5 +81,52 @@ def loss_options(command: Command) -> Command:
             "contrast_temperature": contrast_temperature,
         }
         return command(*args, matching=matching, **kwargs)
+
+    return wrapped
+
+
+def text_options(command: Command) -> Command:
+    """Add --pack and --generate; the command takes `pack` and `generate`, settings or None."""
+
+    @click.option(
+        "--pack",
+        is_flag=True,
+        help="Join the texts and cut blocks of --max-length (text-generation).",
+    )
+    @click.option(
+        "--generate",
+        "new_tokens",
+        type=int,
+        help="Train on the teacher's own words: this many new tokens after each text's beginning, "
+        "or in answer to it.",
+    )
+    @click.option(
+        "--prompt-tokens",
+        type=int,
+        default=16,
+        show_default=True,
+        help="--generate: how long a text's beginning is.",
+    )
+    @click.option(
+        "--generate-temperature",
+        type=float,
+        default=0.0,
+        show_default=True,
+        help="--generate: 0 takes the likeliest token, above 0 samples.",
+    )
+    @functools.wraps(command)
+    def wrapped(
+        *args: Any,
+        new_tokens: int | None,
+        prompt_tokens: int,
+        generate_temperature: float,
+        **kwargs: Any,
+    ) -> Any:
+        settings = {
+            "new_tokens": new_tokens,
+            "prompt_tokens": prompt_tokens,
+            "temperature": generate_temperature,
+        }
+        return command(*args, generate=settings if new_tokens is not None else None, **kwargs)
 
     return wrapped

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from calib_data.errors import ConfigError, DataError
-from calib_data.sources import Examples, open_data
+from calib_data.sources import Examples, data_files, open_data
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 
@@ -135,7 +135,7 @@ def test_images_keep_their_values(tmp_path: Path) -> None:
         ("x.csv", "", None, "is empty"),
         ("x.csv", "text\n\n", None, "holds no examples"),
         ("x.txt", " \n", None, "holds no examples"),
-        ("x.npz", "", None, "I open files ending in .jsonl"),
+        ("x.npy", "", None, "I open files ending in .jsonl"),
         ("x.jsonl", '{"text": "a"}\n{oh}', None, "line 2 is not JSON"),
         ("x.jsonl", "[1]", None, "not a JSON object"),
         ("x.jsonl", '{"text": 3}', None, "row 1: text is 3, not a string"),
@@ -198,3 +198,67 @@ def test_real_files_have_their_documented_rows(name, columns, count, roles) -> N
     examples = open_data(str(SHARED / name), columns)
     assert len(examples) == count
     assert examples.roles == roles
+
+
+def test_images_and_labels_of_an_npz_file(tmp_path: Path) -> None:
+    path = tmp_path / "images.npz"
+    images = np.arange(3 * 4 * 4, dtype=np.uint8).reshape(3, 4, 4)
+    np.savez(path, x_train=images, y_train=np.array([2, 0, 1]), x_test=images[:1], y_test=[1])
+    for spec, count in ((f"{path}", 3), (f"{path}:train", 3), (f"{path}:test", 1)):
+        found = open_data(spec)
+        assert len(found) == count
+        assert (found.column("image")[0] == images[0]).all()
+    assert open_data(str(path)).column("label") == [2, 0, 1]
+    assert data_files(f"{path}:test") == [path]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "spec", "told"),
+    [
+        ({"x_train": np.zeros((2, 4, 4))}, "images.npz:dev", "images.npz:train"),
+        ({"weights": np.zeros(3)}, "images.npz", "its arrays are weights"),
+        ({"x": np.zeros((2, 4, 4)), "y": np.zeros(3)}, "images.npz", "2 images and 3 labels"),
+        ({"x": np.array([{}, {}], dtype=object)}, "images.npz", "cannot be read"),
+    ],
+    ids=["split", "names", "lengths", "pickled"],
+)
+def test_npz_files_that_cannot_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arrays: dict, spec: str, told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.savez(tmp_path / "images.npz", **arrays)
+    with pytest.raises(DataError, match=told):
+        open_data(spec)
+
+
+def test_two_aligned_files_are_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("train.de").write_text("eins\n\ndrei\n")
+    Path("train.en").write_text("one\ntwo\nthree\n")
+    found = open_data("train.de+train.en")
+    assert found.column("text") == ["eins", "drei"]  # a blank line takes its partner with it
+    assert found.column("text_pair") == ["one", "three"]
+    assert data_files("train.de+train.en") == [Path("train.de"), Path("train.en")]
+    Path("short.en").write_text("one\n")
+    with pytest.raises(DataError, match="3 and 1 lines"):
+        open_data("train.de+short.en")
+    Path("table.csv").write_text("text\none\n")
+    with pytest.raises(DataError, match=r"table\.csv is no file of lines"):
+        open_data("train.de+table.csv")
+
+
+def test_a_whole_file_is_one_text(tmp_path: Path) -> None:
+    path = tmp_path / "play.txt"
+    path.write_text("First line\n\n  second\n" * 10)
+    whole = open_data(f"whole:{path}").column("text")
+    parts = [open_data(f"whole:{path}:{split}").column("text")[0] for split in ("train", "test")]
+    assert whole == ["".join(parts)]
+    assert whole[0] == path.read_text()
+    assert len(parts[0]) == int(0.9 * len(whole[0]))
+    assert data_files(f"whole:{path}:train") == [path]
+    with pytest.raises(DataError, match="not a file"):
+        open_data(f"whole:{path}.gone")
+
+
+def test_what_is_built_in_reads_no_files() -> None:
+    assert data_files("pydoc:train") == data_files("hf:a/b:train") == []
