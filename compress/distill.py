@@ -14,7 +14,7 @@ from compress import losses
 from compress.checkpoint import Checkpoint, StageResult, parameter_count, weights_sha256
 from compress.config import StageConfig, require
 from compress.students import captured_layers, evenly_spaced, layer_stack
-from compress.training import TrainConfig, train_, units
+from compress.training import TrainConfig, TrainRun, train_, training_device, units
 
 LOSSES = ("logits", "hidden", "embedding", "similarity")
 # what is matched when --losses is not given, by the task's output
@@ -58,28 +58,42 @@ def distill(
     batches: Batches,
     config: DistillConfig,
     progress: Callable[[float], None] = lambda loss: None,
+    *,
+    evaluate: Callable[[Checkpoint], float] | None = None,
+    run: TrainRun | None = None,
 ) -> StageResult:
     """Return a trained copy of `student` that matches `teacher` on `batches`; both are untouched.
 
+    `evaluate` judges the student in training (see `train_`); `run` says where its state is kept.
     Raises `ModelError` where the two cannot be compared: different tasks, label sets, vocabularies
     or widths for the losses chosen.
     """
     weights = config.weights(_DEFAULT.get(teacher.output, ("hidden",)))
     _check_pair(teacher, student, weights, batches)
     trained = replace(student, module=copy.deepcopy(student.module))
-    teacher.module.to("cuda" if torch.cuda.is_available() else "cpu")
+    teacher.module.to(training_device())
+    teacher_hash = weights_sha256(teacher.backbone)
+    losses_config = {k: v for k, v in config.to_json().items() if k != "train"}
+    run = replace(run or TrainRun(), identity={"teacher": teacher_hash, "distill": losses_config})
     for parameter in trained.module.parameters():
         parameter.requires_grad_(True)
 
     def loss_of(batch: Mapping[str, Tensor], step: Mapping[str, float]) -> dict[str, Tensor]:
         return distillation_terms(teacher, trained, batch, weights, config, step)
 
-    log = train_(trained.module, loss_of, batches, config.train, progress)
+    log = train_(
+        trained.module,
+        loss_of,
+        batches,
+        config.train,
+        progress,
+        evaluate=(lambda: evaluate(trained)) if evaluate else None,
+        run=run,
+    )
     teacher.module.cpu()
     trained.module.cpu()
     report = {
-        **log.summary(),
-        "losses": list(log.losses),
+        **log.report(),
         "parameters_teacher": parameter_count(teacher.backbone),
         "parameters_student": parameter_count(trained.backbone),
     }
@@ -88,7 +102,7 @@ def distill(
             "distill",
             settings={**config.to_json(), "weights": weights},
             parent=weights_sha256(student.backbone),
-            teacher=weights_sha256(teacher.backbone),
+            teacher=teacher_hash,
             data=batches.fingerprint,
             metrics=log.summary(),
         ),

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calib_data.errors import ConfigError
+from onnxpress.training import TrainingChoice, told
 
 if TYPE_CHECKING:
     from calib_data.batches import Batches
+    from calib_data.sources import Examples
     from compress.checkpoint import Checkpoint
     from compress.distill import DistillConfig
     from compress.prune import PruneConfig
@@ -29,10 +31,13 @@ def _no_progress(label: str, total: int | None) -> Iterator[Advance]:
 
 @dataclass(frozen=True)
 class Run:
-    """What every command takes: the seed, whether to replace, and where progress is shown."""
+    """What every command takes: the seed, whether to replace or go on, and where progress is shown."""
 
     seed: int = 0
     overwrite: bool = False
+    resume: bool = (
+        False  # go on with a training that was killed; with `overwrite`, if it is the same
+    )
     progress: Callable[[str, int | None], AbstractContextManager[Advance]] = _no_progress
 
 
@@ -63,17 +68,12 @@ class DataChoice:
 
     def batches(self, checkpoint: "Checkpoint", seed: int, shuffle: bool) -> "Batches":
         """Return the data encoded for `checkpoint`, its labels checked against the model's."""
-        from calib_data.batches import Batches, check_labels
+        from calib_data.batches import Batches
         from calib_data.sources import open_data
 
         if self.max_length is not None and self.spec not in ("digits",):
             checkpoint.check_length(self.max_length)
-        examples = open_data(self.spec, self.columns, self.limit, seed)
-        if checkpoint.task_row.target == "class" and "label" in examples.roles:
-            names = getattr(checkpoint.config, "id2label", None) or {}
-            if examples.label_names and set(examples.label_names) <= set(names.values()):
-                examples = examples.relabel([names[i] for i in sorted(names)])
-            check_labels(examples, checkpoint.config.num_labels)
+        examples = with_labels_of(checkpoint, open_data(self.spec, self.columns, self.limit, seed))
         joint = checkpoint.task.endswith("-classification")
         return Batches(
             examples,
@@ -84,6 +84,18 @@ class DataChoice:
             shuffle=shuffle,
             field="both" if joint else "text",
         )
+
+
+def with_labels_of(checkpoint: "Checkpoint", examples: "Examples") -> "Examples":
+    """Return the examples with class indices in the order of the model's own labels."""
+    from calib_data.batches import check_labels
+
+    if checkpoint.task_row.target == "class" and "label" in examples.roles:
+        names = getattr(checkpoint.config, "id2label", None) or {}
+        if examples.label_names and set(examples.label_names) <= set(names.values()):
+            examples = examples.relabel([names[i] for i in sorted(names)])
+        check_labels(examples, checkpoint.config.num_labels)
+    return examples
 
 
 @dataclass(frozen=True)
@@ -105,16 +117,16 @@ def distill_model(
     config: "DistillConfig",
     out: Path,
     run: Run,
+    training: TrainingChoice | None = None,
 ) -> dict[str, Any]:
     """Train a student, from a directory or from the teacher's own layers, and write it."""
-    from compress.checkpoint import save_checkpoint
     from compress.distill import distill
-    from compress.files import staged_directory
     from compress.students import evenly_spaced, layer_stack, student_from_layers
 
     if (student is None) == (layers is None):
         raise ConfigError("name either --student or --layers")
-    with staged_directory(out, run.overwrite) as staging:
+    training = training or TrainingChoice()
+    with training.place(out, run) as place:
         source = teacher.open()
         if student is not None:
             start = student.open()
@@ -122,11 +134,13 @@ def distill_model(
             keep = evenly_spaced(len(layer_stack(source.backbone)[1]), layers or 0)
             start = student_from_layers(source, keep)
         batches = data.batches(source, run.seed, shuffle=True)
-        with run.progress("distill", config.train.steps) as advance:
-            result = distill(source, start, batches, config, advance)
-        save_checkpoint(result.checkpoint, staging)
-    report = {k: v for k, v in result.report.items() if k != "losses"}
-    return {"stage": "distill", "path": str(out), **report}
+        judge = training.judge(source, data.max_length)
+        with run.progress("distill", config.train.total_steps(len(batches))) as advance:
+            result = distill(
+                source, start, batches, config, advance, evaluate=judge, run=place.train_run
+            )
+        place.save(result.checkpoint)
+    return {"stage": "distill", "path": str(out), **told(result.report, judge)}
 
 
 def prune_model(

@@ -1,7 +1,7 @@
 """`compress distill | prune | quantize | inspect`."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +15,7 @@ from onnxpress.cli.options import (
     task_option,
     trust_option,
 )
+from onnxpress.cli.training import training_options
 from onnxpress.stages import (
     DataChoice,
     ModelChoice,
@@ -23,6 +24,10 @@ from onnxpress.stages import (
     prune_model,
     quantize_model,
 )
+from onnxpress.training import TrainingChoice
+
+if TYPE_CHECKING:
+    from compress.train_config import TrainConfig
 
 
 @click.group(cls=Group)
@@ -42,12 +47,9 @@ def compress_group() -> None:
 @click.option(
     "--alpha", type=float, default=0.7, show_default=True, help="Weight of soft against hard loss."
 )
-@click.option("--steps", type=int, default=300, show_default=True)
-@click.option("--lr", type=float, default=2e-4, show_default=True, help="Learning rate.")
-@click.option("--accumulate", type=int, default=1, show_default=True, help="Batches per step.")
-@click.option("--precision", default="no", show_default=True, help="no, bf16 or fp16.")
 @out_option
 @common
+@training_options
 def distill_command(
     teacher: str,
     student: str | None,
@@ -58,21 +60,15 @@ def distill_command(
     losses: str,
     temperature: float,
     alpha: float,
-    steps: int,
-    lr: float,
-    accumulate: int,
-    precision: str,
+    train: "TrainConfig",
+    training: TrainingChoice,
     out: Path,
     run: Run,
     output: Output,
 ) -> None:
     """Train a student to behave like its teacher."""
     from compress.distill import DistillConfig
-    from compress.training import TrainConfig
 
-    train = TrainConfig(
-        steps=steps, learning_rate=lr, accumulate=accumulate, precision=precision, seed=run.seed
-    )
     chosen = tuple(part.strip() for part in losses.split(",") if part.strip())
     config = DistillConfig(chosen, temperature, alpha, train)
     result = distill_model(
@@ -83,6 +79,7 @@ def distill_command(
         config,
         out,
         run,
+        training,
     )
     output.show(
         result,

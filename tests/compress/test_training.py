@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from calib_data.errors import TrainingError
 from compress.checkpoint import Checkpoint, weights_sha256
 from compress.losses import hard_loss
-from compress.training import TrainConfig, TrainLog, _rate, train_
+from compress.train_config import learning_rate, parameter_groups
+from compress.training import TrainConfig, TrainLog, train_
 from tests.tiny import tiny_batches, tiny_checkpoint
 
 LABELS = [0, 1, 1, 0, 1, 0, 0, 1]
@@ -77,8 +78,8 @@ def test_loss_that_is_not_finite_stops() -> None:
 
 def test_rate_rises_then_falls() -> None:
     for schedule in ("cosine", "linear"):
-        config = TrainConfig(steps=100, warmup=0.1, schedule=schedule)
-        rates = [_rate(step, config) for step in range(100)]
+        config = TrainConfig(steps=100, warmup=0.1, schedule=schedule, learning_rate=1.0)
+        rates = [learning_rate(step, 100, config) for step in range(100)]
         assert rates[0] == 0.1
         assert max(rates) == rates[9] == rates[10] == 1
         assert rates[10:] == sorted(rates[10:], reverse=True)
@@ -86,10 +87,8 @@ def test_rate_rises_then_falls() -> None:
 
 
 def test_only_matrices_decay() -> None:
-    from compress.training import _parameter_groups
-
     module = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
-    decayed, spared = _parameter_groups(module, TrainConfig())
+    decayed, spared = parameter_groups(module, TrainConfig())
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.01, 0.0)
     assert [tuple(p.shape) for p in decayed["params"]] == [(4, 3)]
     assert len(spared["params"]) == 3
