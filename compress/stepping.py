@@ -135,6 +135,8 @@ class Stepper:
             table = self.accelerator.reduce(table, "sum")
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
         figures = [float(x) for x in table.flatten().tolist()]  # waits for the device
+        if hasattr(norm, "full_tensor"):  # FSDP's, of which each process holds a share
+            norm = norm.full_tensor()
         norm = float("nan") if norm is None else float(norm)
         scaled = self.accelerator.scaler is not None
         sound = all(map(_finite, figures)) and (self.sharded or scaled or _finite(norm))

@@ -115,6 +115,6 @@ def _gathered_random_state(stepper: Stepper) -> dict[str, Tensor]:
 
 
 def _set_random_state(saved: Mapping[str, Tensor], rank: int) -> None:
-    torch.set_rng_state(saved["cpu"][rank])
+    torch.set_rng_state(saved["cpu"][rank].clone())  # it looks past a view
     if "cuda" in saved:
-        torch.cuda.set_rng_state(saved["cuda"][rank])
+        torch.cuda.set_rng_state(saved["cuda"][rank].clone())

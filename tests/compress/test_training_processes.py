@@ -86,7 +86,12 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         found, own = result(tmp_path, f"plain-2-{rank}")
         assert found == pytest.approx(losses, rel=1e-5)
         for name, value in weights.items():
-            assert own[name].sub(value).abs().max() < 2e-4, name
+            difference = own[name].sub(value).abs()
+            if name.endswith("c_attn.bias"):
+                # A key's bias moves all scores of a row alike: its gradient is rounding, of which
+                # Adam makes steps as large as any.
+                difference[32:64] = 0
+            assert difference.max() < 2e-4, name
 
 
 @pytest.mark.slow
