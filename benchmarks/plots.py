@@ -125,6 +125,31 @@ def quality_plot(report: BenchmarkReport, width: int) -> Plot | None:
         return Plot(title, f"{title}. {values}.", _svg(figure))
 
 
+def training_plots(report: BenchmarkReport) -> list[Plot]:
+    """Return the loss curve of every training stage in the variants' lineages, each once."""
+    plots = []
+    for stage in summary.training_stages(report):
+        steps, losses = zip(*stage.curve, strict=True)
+        title = f"{stage.name}: {', '.join(stage.variants)}"
+        first, last = (summary.number(losses[i]) for i in (0, -1))
+        with _settings(f"training {title}"):
+            figure, axes = _figure(360, 200)
+            axes.set_position((52 / 360, 44 / 200, 1 - 66 / 360, 1 - 60 / 200))
+            axes.plot(steps, losses, color=ACCENT, linewidth=1.5)
+            if min(losses) > 0 and max(losses) > 10 * min(losses):
+                axes.set_yscale("log")
+            axes.set_xlim(0, max(steps))
+            axes.set_xlabel("Steps", color=MUTED)
+            plots.append(
+                Plot(
+                    title,
+                    f"Training loss of {title}: from {first} to {last} in {steps[-1]:g} steps.",
+                    _svg(figure),
+                )
+            )
+    return plots
+
+
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     """Return the indices of points (cost, worth) that no other beats in both, in input order."""
     return [

@@ -51,6 +51,7 @@ def render_html(report: BenchmarkReport) -> str:
         tables={table.name: table for table in _tables(report)},
         latency=plots.latency_plots(report),
         resources=plots.resource_plots(report),
+        training=plots.training_plots(report),
         scatters={name: plot for name, plot in scatters.items() if plot is not None},
         lineages=[(v.name, summary.lineage_chain(v)) for v in report.variants],
         environment=summary.environment_rows(report),

@@ -35,6 +35,28 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
 
 
+@dataclass(frozen=True)
+class TrainingStage:
+    """A stage that trained: its name, its loss curve, and the variants that came out of it."""
+
+    name: str
+    curve: tuple[tuple[float, float], ...]  # (steps done, mean loss since the point before)
+    variants: tuple[str, ...]
+
+
+def training_stages(report: BenchmarkReport) -> list[TrainingStage]:
+    """Return the stages whose lineage entry holds a loss curve, each once, in order."""
+    found: dict[tuple[str, tuple[tuple[float, float], ...]], list[str]] = {}
+    for variant in report.variants:
+        for entry in variant.lineage:
+            metrics = entry.get("metrics")
+            pairs = metrics.get("curve") if isinstance(metrics, dict) else None
+            if pairs:
+                curve = tuple((float(step), float(loss)) for step, loss in pairs)
+                found.setdefault((str(entry.get("stage")), curve), []).append(variant.name)
+    return [TrainingStage(name, curve, tuple(v)) for (name, curve), v in found.items()]
+
+
 # --- what matters --------------------------------------------------------------------------------
 
 

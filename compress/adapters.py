@@ -25,13 +25,13 @@ from compress.signature import Signature, forward_names
 
 # method → its settings with their defaults
 SETTINGS: dict[str, dict[str, Any]] = {
-    "lora": {"rank": 8, "alpha": 16.0, "dropout": 0.05, "targets": ()},
+    "lora": {"rank": 8, "alpha": 16.0, "lora_dropout": 0.05, "targets": ()},
     "ia3": {"targets": ()},
     "adapter": {"bottleneck": 48, "placement": "houlsby", "targets": ()},
     "prefix": {"virtual_tokens": 20},
 }
 MERGEABLE = ("lora", "ia3")
-_OPTIONS = ("rank", "alpha", "dropout", "bottleneck", "placement", "virtual_tokens", "targets")
+_OPTIONS = ("rank", "alpha", "lora_dropout", "bottleneck", "placement", "virtual_tokens", "targets")
 _PLACEMENTS = {"houlsby": ("heads", "neurons"), "pfeiffer": ("neurons",)}
 _SAMPLE = 4  # tokens that a prefix's shape is found with
 
@@ -43,7 +43,7 @@ class AdapterConfig(StageConfig):
     method: str
     rank: int | None = None  # lora: of the two factors
     alpha: float | None = None  # lora: the product counts alpha / rank
-    dropout: float | None = None  # lora: of what goes in
+    lora_dropout: float | None = None  # lora: of what goes in
     bottleneck: int | None = None  # adapter: neurons of each
     placement: str | None = None  # adapter: houlsby or pfeiffer
     virtual_tokens: int | None = None  # prefix: positions
@@ -65,8 +65,8 @@ class AdapterConfig(StageConfig):
                 require(value >= 1, f"{option} must be at least 1, got {value}")
         require(self.alpha is None or self.alpha > 0, f"--alpha must be above 0, got {self.alpha}")
         require(
-            self.dropout is None or 0 <= self.dropout < 1,
-            f"--dropout must be in [0, 1), got {self.dropout}",
+            self.lora_dropout is None or 0 <= self.lora_dropout < 1,
+            f"--lora-dropout must be in [0, 1), got {self.lora_dropout}",
         )
         if self.placement is not None:
             one_of("--placement", self.placement, tuple(_PLACEMENTS))
@@ -98,7 +98,7 @@ def add_adapter(
     longest = longest_adapted(checkpoint.signature, adapters)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        adapter_skeleton_(model, adapters, config.dropout or 0.0)
+        adapter_skeleton_(model, adapters, config.lora_dropout or 0.0)
     if config.method == "prefix" and ids is not None:
         start_from_text_(model, _as_long_as(ids, adapters["virtual_tokens"]))
     for parameter in model.parameters():

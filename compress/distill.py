@@ -17,7 +17,7 @@ from compress.matching import Scene
 from compress.observe import Observed, Observer, observe
 from compress.pairing import Pairing, pair_up, teacher_side
 from compress.teacher_cache import TeacherCache, kept_for
-from compress.training import TrainConfig, train_
+from compress.training import TrainConfig, TrainRun, train_
 
 __all__ = [
     "AskTeacher",
@@ -72,7 +72,7 @@ def cached_teacher(batches: Batches, folder: Path, train: TrainConfig) -> AskTea
     The batches that are trained on must say their rows (`Batches.numbered`). Raises what
     `TeacherCache` and `kept_for` raise, once the teacher is asked for.
     """
-    epochs = train.steps * train.accumulate / len(batches)
+    epochs = train.total_steps(len(batches)) * train.accumulate / len(batches)
 
     def ask(teacher: Checkpoint, pairing: Pairing) -> Observer:
         return TeacherCache(
@@ -95,27 +95,41 @@ def distill(
     config: DistillConfig,
     progress: Callable[[float], None] = lambda loss: None,
     ask_teacher: AskTeacher = running_teacher,
+    *,
+    evaluate: Callable[[Checkpoint], float] | None = None,
+    run: TrainRun | None = None,
 ) -> StageResult:
     """Return a trained copy of `student` that matches `teacher` on `batches`; both are untouched.
 
     Learned projections between layers of different widths are trained beside the student and
-    dropped. Raises `ModelError` where the two cannot be compared: different tasks, label sets,
+    dropped. `evaluate` judges the student in training (see `train_`); `run` says where its state is
+    kept. Raises `ModelError` where the two cannot be compared: different tasks, label sets,
     vocabularies or widths for the losses chosen; `DataError` for missing labels.
     """
     trained = replace(student, module=copy.deepcopy(student.module))
+    teacher_hash = weights_sha256(teacher.backbone)
+    losses_config = {k: v for k, v in config.to_json().items() if k != "train"}
+    run = replace(run or TrainRun(), identity={"teacher": teacher_hash, "distill": losses_config})
     for parameter in trained.module.parameters():
         parameter.requires_grad_(True)
     made = prepare(teacher, trained, batches, config, ask_teacher)
     projections = made.pairing.setup.projections
     module = nn.ModuleDict({"student": trained.module, "projections": projections})
     try:
-        log = train_(module, made.terms, batches, config.train, progress)
+        log = train_(
+            module,
+            made.terms,
+            batches,
+            config.train,
+            progress,
+            evaluate=(lambda: evaluate(trained)) if evaluate else None,
+            run=run,
+        )
     finally:
         teacher.module.cpu()
         trained.module.cpu()
     report = {
-        **log.summary(),
-        "losses": list(log.losses),
+        **log.report(),
         "parameters_teacher": parameter_count(teacher.backbone),
         "parameters_student": parameter_count(trained.backbone),
     }
@@ -124,7 +138,7 @@ def distill(
             "distill",
             settings={**config.to_json(), "weights": made.pairing.weights},
             parent=weights_sha256(student.backbone),
-            teacher=weights_sha256(teacher.backbone),
+            teacher=teacher_hash,
             data=batches.fingerprint,
             metrics=log.summary(),
         ),

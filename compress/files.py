@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def staged_directory(destination: Path, overwrite: bool = False) -> Iterator[Pat
     try:
         with destination_errors(destination):
             yield staging
-            _sync(staging)
+            sync_directory(staging)
             _replace(staging, destination)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -96,9 +96,10 @@ def _recover(destination: Path) -> None:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-def _sync(directory: Path) -> None:
-    for path in directory.rglob("*"):
-        if path.is_file():
+def sync_directory(directory: Path) -> None:
+    """Wait until all files below `directory`, and their names, are on the disk."""
+    for path in (*directory.rglob("*"), directory):
+        if path.is_file() or os.name == "posix":  # elsewhere a directory cannot be opened
             descriptor = os.open(path, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
@@ -112,10 +113,13 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_directory(directory: Path) -> str:
-    """Return the hex sha256 over the names and bytes of all files below `directory`."""
+def sha256_directory(directory: Path, without: Collection[str] = ()) -> str:
+    """Return the hex sha256 over the names and bytes of the files below `directory`.
+
+    Files called as `without` says do not count: logs, which hold times.
+    """
     digest = hashlib.sha256()
-    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+    for path in sorted(p for p in directory.rglob("*") if p.is_file() and p.name not in without):
         digest.update(f"{path.relative_to(directory)}\0{sha256_file(path)}\n".encode())
     return digest.hexdigest()
 

@@ -23,7 +23,7 @@ from compress.adapters import (
 )
 from compress.checkpoint import Checkpoint, StageResult, parameter_count, weights_sha256
 from compress.config import StageConfig, one_of, require
-from compress.training import TrainConfig, train_, units
+from compress.training import TrainConfig, TrainRun, train_, units
 
 # A full model moves little; what starts from zero has far to go.
 RATES = {"full": 5e-5, "lora": 5e-4, "adapter": 5e-4, "ia3": 5e-3, "prefix": 1e-2}
@@ -95,12 +95,14 @@ def finetune(
     evaluation: Batches | None = None,
     progress: Callable[[float], None] = lambda loss: None,
     fresh: Collection[str] = (),
+    *,
+    run: TrainRun | None = None,
 ) -> StageResult:
     """Return a copy of `checkpoint` trained on `batches`; the input is untouched.
 
-    `fresh` are the parameters that were drawn at random, which every method trains. `evaluation` is
-    measured at the end. Raises `ModelError` for a model that cannot be trained, `ConfigError` for
-    batches longer than it takes.
+    `fresh` are the parameters that were drawn at random, which every method trains. `evaluation`
+    chooses the best weights and is measured at the end; `run` says where the state is kept. Raises
+    `ModelError` for a model that cannot be trained, `ConfigError` for batches longer than it takes.
     """
     if checkpoint.quantization:
         raise ModelError(
@@ -120,7 +122,16 @@ def finetune(
         total, unit = task_loss(trained, batch)
         return {"task": total / max(step[unit], 1.0)}
 
-    log = train_(trained.module, loss_of, batches, config.train, progress)
+    settings = {k: v for k, v in config.to_json().items() if k not in ("train", "merge")}
+    log = train_(
+        trained.module,
+        loss_of,
+        batches,
+        config.train,
+        progress,
+        evaluate=None if evaluation is None else lambda: _figure(evaluate(trained, evaluation)),
+        run=replace(run or TrainRun(), identity={"finetune": settings}),
+    )
     trained.module.cpu()
     if config.merge:
         trained = merge_adapter(trained)
@@ -134,7 +145,7 @@ def finetune(
         data=batches.fingerprint,
         metrics=metrics,
     )
-    return StageResult(done, {**metrics, "losses": list(log.losses)})
+    return StageResult(done, {**log.report(), **metrics})
 
 
 def evaluate(checkpoint: Checkpoint, batches: Batches) -> dict[str, float]:
@@ -167,6 +178,12 @@ def evaluate(checkpoint: Checkpoint, batches: Batches) -> dict[str, float]:
     again = iter(kept)
     found = measure(lambda inputs: {"logits": next(again)}, batches)
     return {"eval_loss": loss, found.name: found.value}
+
+
+def _figure(measured: Mapping[str, float]) -> float:
+    """Return what is to be as high as possible: a metric if the task has one, else less loss."""
+    found = [measured[name] for name in ("accuracy", "spearman") if name in measured]
+    return found[0] if found else -measured["eval_loss"]
 
 
 # --- what each target is ------------------------------------------------------------------------

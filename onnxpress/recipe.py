@@ -16,8 +16,10 @@ from typing import Any
 
 from calib_data.errors import ConfigError, DestinationError
 from compress.files import destination_errors, sha256_directory, sha256_file, write_json
+from compress.train_log import LOG
 from onnxpress import stages
 from onnxpress.stages import DataChoice, ModelChoice, ReportChoice, Run, StartChoice
+from onnxpress.training import TrainingChoice
 
 SOURCE = "model"  # what steps call the recipe's own model
 _STATE = ".onnxpress"
@@ -147,12 +149,14 @@ def _run_step(
             noted = json.loads(record.read_text(encoding="utf-8"))
         except ValueError:
             noted = {}
-        if noted.get("key") == key and noted.get("sha256") == sha256_directory(result):
+        if noted.get("key") == key and noted.get("sha256") == _hash_result(result):
             tell(f"{step.name}: unchanged")
             return str(noted["sha256"])
     started = time.monotonic()
-    stage.run(_resolve(recipe, step, out), result, replace(run, overwrite=True), recipe)
-    sha256 = sha256_directory(result)
+    # Training that was killed goes on where it was, unless all is to be made again.
+    own = replace(run, overwrite=True, resume=not run.overwrite)
+    stage.run(_resolve(recipe, step, out), result, own, recipe)
+    sha256 = _hash_result(result)
     with destination_errors(out):
         partial = record.with_suffix(".partial")
         write_json(partial, {"key": key, "sha256": sha256})
@@ -205,7 +209,12 @@ def _code_version(layers: int) -> str:
 
 def _hash_model(model: str) -> str:
     path = Path(model)
-    return sha256_directory(path) if path.is_dir() else hashlib.sha256(model.encode()).hexdigest()
+    return _hash_result(path) if path.is_dir() else hashlib.sha256(model.encode()).hexdigest()
+
+
+def _hash_result(directory: Path) -> str:
+    """Return the hash of what a stage wrote, but for its log: the same run takes other times."""
+    return sha256_directory(directory, without=(LOG,))
 
 
 def _hash_data(spec: str) -> str:
@@ -239,6 +248,13 @@ def _data(settings: Mapping[str, Any]) -> DataChoice:
     return DataChoice(**_take(settings, DataChoice, {"data": "spec"}))
 
 
+_TRAINING = {"eval", "eval_columns", "save_every"}
+
+
+def _training(settings: Mapping[str, Any]) -> TrainingChoice:
+    return TrainingChoice(**{k: v for k, v in settings.items() if k in _TRAINING})
+
+
 def _names(kind: type) -> set[str]:
     return {field.name for field in fields(kind)} - {"seed"}
 
@@ -257,7 +273,9 @@ def _distill(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) -
     from compress.training import TrainConfig
 
     shape = StudentShape.from_json(_take(settings, StudentShape))
-    own = {"data", "teacher", "cache_teacher", "pack", *_GENERATE} | _names(StudentShape)
+    own = (
+        {"data", "teacher", "cache_teacher", "pack", *_GENERATE} | _names(StudentShape) | _TRAINING
+    )
     _check_settings(settings, own, _names(DataChoice), _names(DistillConfig), _names(TrainConfig))
     train = TrainConfig.from_json({**_take(settings, TrainConfig), "seed": run.seed})
     config = DistillConfig.from_json({**_take(settings, DistillConfig), "train": train})
@@ -266,7 +284,7 @@ def _distill(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) -
     student = None if shape else ModelChoice(settings["from"])
     return stages.distill_model(
         teacher if student else ModelChoice(settings["from"]),
-        student, shape, _data(settings), config, out, run,
+        student, shape, _data(settings), config, out, run, _training(settings),
         pack=settings.get("pack", False), generate=generate if "new_tokens" in generate else None,
         cache_teacher=settings.get("cache_teacher", False),
     )  # fmt: skip
@@ -277,22 +295,22 @@ def _finetune(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) 
     from compress.finetune import finetune_config
     from compress.training import TrainConfig
 
-    own = {"data", "eval", "pack", "task", "new_head", "merge"}
+    own = {"data", "pack", "task", "new_head", "merge"} | _TRAINING
     kinds = (DataChoice, AdapterConfig, TrainConfig)
     _check_settings(settings, own, *map(_names, kinds))
     config = finetune_config(
         settings.get("method", "full"),
         {k: v for k, v in _take(settings, AdapterConfig).items() if k != "method"},
-        # `dropout` is the adapter's; that of the model is on, as on the command line
-        {k: v for k, v in _take(settings, TrainConfig).items() if k != "dropout"}
-        | {"seed": run.seed},
+        {**_take(settings, TrainConfig), "seed": run.seed},
         merge=settings.get("merge", False),
     )
     start = StartChoice(
         settings["from"], task=settings.get("task"), new_head=settings.get("new_head", False)
     )
-    pack, evaluation = settings.get("pack", False), settings.get("eval")
-    return stages.finetune_model(start, _data(settings), pack, evaluation, config, out, run)
+    pack = settings.get("pack", False)
+    return stages.finetune_model(
+        start, _data(settings), pack, config, out, run, _training(settings)
+    )
 
 
 def _prune(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) -> dict[str, Any]:

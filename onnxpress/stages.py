@@ -3,7 +3,6 @@
 Each function writes one directory, whole or not at all, and returns a JSON-able summary.
 """
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calib_data.errors import ConfigError
+from onnxpress.training import TrainingChoice, told
 
 if TYPE_CHECKING:
     from calib_data.batches import Batches, Objective
@@ -33,10 +33,13 @@ def _no_progress(label: str, total: int | None) -> Iterator[Advance]:
 
 @dataclass(frozen=True)
 class Run:
-    """What every command takes: the seed, whether to replace, and where progress is shown."""
+    """What every command takes: the seed, whether to replace or go on, and where progress is shown."""
 
     seed: int = 0
     overwrite: bool = False
+    resume: bool = (
+        False  # go on with a training that was killed; with `overwrite`, if it is the same
+    )
     progress: Callable[[str, int | None], AbstractContextManager[Advance]] = _no_progress
 
 
@@ -85,19 +88,14 @@ class DataChoice:
         `examples` are all there are, if they have been opened before. For a `teacher` with a
         tokenizer of its own they are encoded by that as well.
         """
-        from calib_data.batches import Batches, check_labels, same_tokenizer
+        from calib_data.batches import Batches, same_tokenizer
 
         if self.max_length is not None and self.spec not in ("digits",):
             for model in filter(None, (checkpoint, teacher)):
                 model.check_length(self.max_length)
         if examples is None:
             examples = self.open(self.limit, seed)
-        examples = examples.limit(self.limit, seed)
-        if checkpoint.task_row.target == "class" and "label" in examples.roles:
-            names = getattr(checkpoint.config, "id2label", None) or {}
-            if examples.label_names and set(examples.label_names) <= set(names.values()):
-                examples = examples.relabel([names[i] for i in sorted(names)])
-            check_labels(examples, checkpoint.config.num_labels)
+        examples = with_labels_of(checkpoint, examples.limit(self.limit, seed))
         joint = checkpoint.task.endswith("-classification")
         processor = checkpoint.processor or (teacher and teacher.processor)
         apart = teacher is not None and not same_tokenizer(processor, teacher.processor)
@@ -112,6 +110,18 @@ class DataChoice:
             teacher_processor=teacher.processor if teacher is not None and apart else None,
             objective=objective,
         )
+
+
+def with_labels_of(checkpoint: "Checkpoint", examples: "Examples") -> "Examples":
+    """Return the examples with class indices in the order of the model's own labels."""
+    from calib_data.batches import check_labels
+
+    if checkpoint.task_row.target == "class" and "label" in examples.roles:
+        names = getattr(checkpoint.config, "id2label", None) or {}
+        if examples.label_names and set(examples.label_names) <= set(names.values()):
+            examples = examples.relabel([names[i] for i in sorted(names)])
+        check_labels(examples, checkpoint.config.num_labels)
+    return examples
 
 
 @dataclass(frozen=True)
@@ -176,6 +186,7 @@ def distill_model(
     config: "DistillConfig",
     out: Path,
     run: Run,
+    training: TrainingChoice | None = None,
     *,
     pack: bool = False,
     generate: Mapping[str, Any] | None = None,
@@ -187,9 +198,7 @@ def distill_model(
     with `cache_teacher` the teacher's answers are looked up. Both are kept in OUT.training until OUT is
     in place.
     """
-    from compress.checkpoint import save_checkpoint
     from compress.distill import AskTeacher, cached_teacher, distill, running_teacher
-    from compress.files import staged_directory
     from compress.finetune import objective_of
 
     if (student is None) == (not shape):
@@ -197,31 +206,32 @@ def distill_model(
             "name either --student or --layers, --keep-layers, --hidden, --heads or --ffn, with which "
             "it is made of the teacher"
         )
-    with staged_directory(out, run.overwrite) as staging:
+    training = training or TrainingChoice()
+    with training.place(out, run) as place:
         source = teacher.open()
-        start = student.open() if student else student_of(source, shape, data, run)
-        workspace = out.with_name(f"{out.name}.training")
+        start = student.open() if student else student_of(source, shape, data, run, pack)
         examples = None
         if generate is not None:
-            examples = _generated(source, data, generate, workspace / "generations", run)
-        objective = objective_of(start, pack)
-        batches = data.batches(start, run.seed, True, objective, examples, source)
+            examples = _generated(source, data, generate, place.kept("generations"), run)
+        batches = data.batches(start, run.seed, True, objective_of(start, pack), examples, source)
         ask: AskTeacher = running_teacher
         if cache_teacher:
             batches = batches.numbered()
-            ask = cached_teacher(batches, workspace / "teacher", config.train)
-        with run.progress("distill", config.train.steps) as advance:
-            result = distill(source, start, batches, config, advance, ask)
-        save_checkpoint(result.checkpoint, staging)
-    shutil.rmtree(workspace, ignore_errors=True)
-    report = {k: v for k, v in result.report.items() if k != "losses"}
-    return {"stage": "distill", "path": str(out), **report}
+            ask = cached_teacher(batches, place.kept("teacher"), config.train)
+        judge = training.judge(source, data.max_length)
+        with run.progress("distill", config.train.total_steps(len(batches))) as advance:
+            result = distill(
+                source, start, batches, config, advance, ask, evaluate=judge, run=place.train_run
+            )
+        place.save(result.checkpoint)
+    return {"stage": "distill", "path": str(out), **told(result.report, judge)}
 
 
 def student_of(
-    teacher: "Checkpoint", shape: "StudentShape", data: DataChoice, run: Run
+    teacher: "Checkpoint", shape: "StudentShape", data: DataChoice, run: Run, pack: bool
 ) -> "Checkpoint":
     """Return a student in `shape`, its widths chosen on some rows of the data."""
+    from compress.finetune import objective_of
     from compress.resize import CALIBRATION_BATCHES
     from compress.students import make_student
 
@@ -229,7 +239,7 @@ def student_of(
         return make_student(teacher, shape)
     most = CALIBRATION_BATCHES * data.batch_size
     some = replace(data, limit=min(data.limit or most, most))
-    batches = some.batches(teacher, run.seed, shuffle=False)
+    batches = some.batches(teacher, run.seed, False, objective_of(teacher, pack))
     with run.progress("student", len(batches)) as advance:
         return make_student(teacher, shape, batches, run.seed, advance)
 
@@ -239,12 +249,18 @@ def _generated(
 ) -> "Examples":
     """Return what the teacher makes of the data."""
     from compress.generations import GenerateConfig, generate_examples
+    from compress.processes import agreed
 
     given = {"batch_size": data.batch_size, "max_length": data.max_length, "seed": run.seed}
     config = GenerateConfig.from_json({**given, **settings})
     with run.progress("generate", None) as advance:
-        examples = data.open(data.limit, run.seed)
-        return generate_examples(teacher, examples, config, directory, advance)
+        prompts = data.open(data.limit, run.seed)
+
+        def generate() -> "Examples":
+            return generate_examples(teacher, prompts, config, directory, advance)
+
+        agreed(lambda: len(generate()))  # one process writes them, and all open them
+        return generate()
 
 
 def prune_model(
@@ -287,29 +303,31 @@ def finetune_model(
     start: StartChoice,
     data: DataChoice,
     pack: bool,
-    evaluation: str | None,
     config: "FinetuneConfig",
     out: Path,
     run: Run,
+    training: TrainingChoice | None = None,
 ) -> dict[str, Any]:
     """Train a model on a task, whole or through an adapter, and write it."""
-    from compress.checkpoint import save_checkpoint
-    from compress.files import staged_directory
     from compress.finetune import finetune, objective_of
 
-    with staged_directory(out, run.overwrite) as staging:
+    training = training or TrainingChoice()
+    with training.place(out, run) as place:
         examples = data.open()
         checkpoint, fresh = start.open(examples, run.seed)
         objective = objective_of(checkpoint, pack)
         batches = data.batches(checkpoint, run.seed, True, objective, examples)
         measured = None
-        if evaluation is not None:
-            choice = replace(data, spec=evaluation, limit=None)
+        if training.eval is not None:
+            columns = training.eval_columns or data.columns
+            choice = replace(data, spec=training.eval, columns=columns, limit=None)
             measured = choice.batches(checkpoint, run.seed, False, objective)
-        with run.progress("finetune", config.train.steps) as advance:
-            result = finetune(checkpoint, batches, config, measured, advance, fresh)
-        save_checkpoint(result.checkpoint, staging)
-    report = {k: v for k, v in result.report.items() if k != "losses"}
+        with run.progress("finetune", config.train.total_steps(len(batches))) as advance:
+            result = finetune(
+                checkpoint, batches, config, measured, advance, fresh, run=place.train_run
+            )
+        place.save(result.checkpoint)
+    report = told(result.report, None)
     return {"stage": "finetune", "path": str(out), "task": checkpoint.task, **report}
 
 

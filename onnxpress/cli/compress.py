@@ -18,6 +18,7 @@ from onnxpress.cli.options import (
     task_option,
     trust_option,
 )
+from onnxpress.cli.training import training_options
 from onnxpress.stages import (
     DataChoice,
     ModelChoice,
@@ -26,6 +27,7 @@ from onnxpress.stages import (
     prune_model,
     quantize_model,
 )
+from onnxpress.training import TrainingChoice
 
 if TYPE_CHECKING:
     from compress.sizes import StudentShape
@@ -52,12 +54,9 @@ compress_group.add_command(merge_command)
     "--cache-teacher", is_flag=True, help="Keep the teacher's answers on disk for later epochs."
 )
 @text_options
-@click.option("--steps", type=int, default=300, show_default=True)
-@click.option("--lr", type=float, default=2e-4, show_default=True, help="Learning rate.")
-@click.option("--accumulate", type=int, default=1, show_default=True, help="Batches per step.")
-@click.option("--precision", default="no", show_default=True, help="no, bf16 or fp16.")
 @out_option
 @common
+@training_options
 def distill_command(
     teacher: str,
     student: str | None,
@@ -69,22 +68,17 @@ def distill_command(
     cache_teacher: bool,
     pack: bool,
     generate: dict[str, Any] | None,
-    steps: int,
-    lr: float,
-    accumulate: int,
-    precision: str,
+    train: dict[str, Any],
+    training: TrainingChoice,
     out: Path,
     run: Run,
     output: Output,
 ) -> None:
     """Train a student to behave like its teacher."""
-    from compress.distill import DistillConfig
-    from compress.training import TrainConfig
+    from compress.distill_config import DistillConfig
+    from compress.train_config import TrainConfig
 
-    train = TrainConfig(
-        steps=steps, learning_rate=lr, accumulate=accumulate, precision=precision, seed=run.seed
-    )
-    config = DistillConfig(**matching, train=train)
+    config = DistillConfig(**matching, train=TrainConfig(**train))
     result = distill_model(
         ModelChoice(teacher, task, trust_remote_code),
         ModelChoice(student, task, trust_remote_code) if student else None,
@@ -93,6 +87,7 @@ def distill_command(
         config,
         out,
         run,
+        training,
         pack=pack,
         generate=generate,
         cache_teacher=cache_teacher,

@@ -14,6 +14,7 @@ from onnxpress.cli.options import (
     task_option,
     trust_option,
 )
+from onnxpress.cli.training import training_options
 from onnxpress.stages import (
     DataChoice,
     ModelChoice,
@@ -22,6 +23,7 @@ from onnxpress.stages import (
     finetune_model,
     merge_model,
 )
+from onnxpress.training import TrainingChoice
 
 _METHODS = ["full", "lora", "prefix", "ia3", "adapter"]
 
@@ -38,7 +40,6 @@ _METHODS = ["full", "lora", "prefix", "ia3", "adapter"]
     "the one beside the file.",
 )
 @data_options
-@click.option("--eval", "evaluation", help="Data that the result is measured on, as --data.")
 @click.option(
     "--pack", is_flag=True, help="Join the texts and cut blocks of --max-length (text-generation)."
 )
@@ -48,7 +49,7 @@ _METHODS = ["full", "lora", "prefix", "ia3", "adapter"]
 @click.option("--method", type=click.Choice(_METHODS), default="full", show_default=True)
 @click.option("--rank", type=int, help="lora: of the two factors; default 8.")
 @click.option("--alpha", type=float, help="lora: the product counts alpha / rank; default 16.")
-@click.option("--dropout", type=float, help="lora: before the factors; default 0.05.")
+@click.option("--lora-dropout", type=float, help="lora: before the factors; default 0.05.")
 @click.option("--bottleneck", type=int, help="adapter: neurons of each; default 48.")
 @click.option(
     "--placement", help="adapter: houlsby, after attention and feed-forward (default), or pfeiffer."
@@ -58,28 +59,22 @@ _METHODS = ["full", "lora", "prefix", "ia3", "adapter"]
     "--targets", multiple=True, help="Pattern of linear layers to adapt; repeat for several."
 )
 @click.option("--merge", is_flag=True, help="lora, ia3: make it part of the weights once trained.")
-@click.option("--steps", type=int, default=300, show_default=True)
-@click.option("--lr", type=float, help="Learning rate; default: what suits the method.")
-@click.option("--accumulate", type=int, default=1, show_default=True, help="Batches per step.")
-@click.option("--precision", default="no", show_default=True, help="no, bf16 or fp16.")
 @out_option
 @common
+@training_options
 def finetune_command(
     model: str | None,
     from_config: Path | None,
     tokenizer: str | None,
     data: DataChoice,
-    evaluation: str | None,
     pack: bool,
     task: str | None,
     trust_remote_code: bool,
     new_head: bool,
     method: str,
     merge: bool,
-    steps: int,
-    lr: float | None,
-    accumulate: int,
-    precision: str,
+    train: dict[str, Any],
+    training: TrainingChoice,
     out: Path,
     run: Run,
     output: Output,
@@ -92,17 +87,10 @@ def finetune_command(
     """
     from compress.finetune import FROM_CONFIG_RATE, finetune_config
 
-    train = {
-        "steps": steps,
-        "learning_rate": lr,
-        "accumulate": accumulate,
-        "precision": precision,
-        "seed": run.seed,
-    }
     rate = FROM_CONFIG_RATE if from_config else None
     config = finetune_config(method, adapter, train, merge=merge, rate=rate)
     start = StartChoice(model, from_config, tokenizer, task, new_head, trust_remote_code)
-    result = finetune_model(start, data, pack, evaluation, config, out, run)
+    result = finetune_model(start, data, pack, config, out, run, training)
     output.show(result, _finetune_text)
 
 

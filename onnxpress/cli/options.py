@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from calib_data.errors import ConfigError, OnnxPressError
+from compress.processes import is_main
 from onnxpress.stages import Advance, DataChoice, ModelChoice, Run
 
 Command = Callable[..., Any]
@@ -53,8 +54,9 @@ class Output:
     as_json: bool
 
     def show(self, result: dict[str, Any], text: Callable[[dict[str, Any]], str]) -> None:
-        """Print `result` as one JSON document, or as `text` makes it."""
-        click.echo(json.dumps(result, indent=2) if self.as_json else text(result))
+        """Print `result` as one JSON document, or as `text` makes it; of several processes one does."""
+        if is_main():
+            click.echo(json.dumps(result, indent=2) if self.as_json else text(result))
 
 
 def common(command: Command) -> Command:
@@ -70,7 +72,7 @@ def common(command: Command) -> Command:
     ) -> Any:
         if not verbose:
             warnings.simplefilter("ignore")
-        run = Run(seed, overwrite, progress_bar)
+        run = Run(seed, overwrite, progress=progress_bar)
         return command(*args, run=run, output=Output(as_json), **kwargs)
 
     return wrapped
@@ -203,7 +205,8 @@ def progress_bar(label: str, total: int | None) -> Iterator[Advance]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    shown = console.is_terminal and is_main()
+    with Progress(*columns, console=console, disable=not shown) as progress:
         task = progress.add_task(label, total=total, rate="")
 
         def advance(*told: Any) -> None:

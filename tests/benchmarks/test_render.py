@@ -116,3 +116,20 @@ def test_the_terminal_table_shows_all_variants() -> None:
     text = console.export_text()
     for part in ("7.9 ×", "[red]int8", "24.3 MB", "broken could not be measured"):
         assert part in text
+
+
+def test_training_curves_are_drawn_once_a_stage() -> None:
+    report = make_report()
+    assert "<h2>Training</h2>" not in render_html(report)
+    trained = {"stage": "distill", "metrics": {"curve": [[10, 4.0], [20, 0.25], [30, 0.125]]}}
+    variants = [
+        replace(v, lineage=[v.lineage[0], trained, *v.lineage[1:]]) if "int8" in v.name else v
+        for v in report.variants
+    ]
+    names = ", ".join(v.name for v in variants if "int8" in v.name)
+    assert ", " in names
+    page = render_html(replace(report, variants=variants))
+    assert f"<figcaption>distill: {names}</figcaption>" in page
+    assert re.search(r"from 4\S* to 0.125 in 30 steps", page)
+    assert page.count("Training loss of") == 1
+    assert len(set(Page(page).ids)) == len(Page(page).ids)

@@ -177,7 +177,7 @@ def test_pfeiffer_adapts_the_feed_forward_alone() -> None:
         ({"method": "knit"}, "--method must be one of"),
         ({"method": "lora", "rank": 0}, "--rank must be at least 1"),
         ({"method": "lora", "alpha": 0.0}, "--alpha"),
-        ({"method": "lora", "dropout": 1.0}, "--dropout"),
+        ({"method": "lora", "lora_dropout": 1.0}, "--lora-dropout"),
         ({"method": "lora", "virtual_tokens": 4}, "lora has no --virtual-tokens"),
         ({"method": "prefix", "targets": ("query",)}, "prefix has no --targets"),
         ({"method": "adapter", "placement": "here"}, "--placement"),

@@ -300,3 +300,82 @@ def test_a_bare_export_is_swallowed_by_the_shell(place: Path, tmp_path: Path) ->
 def run_in_bash(line: str, folder: Path) -> None:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     subprocess.run(["bash", "-c", line], cwd=folder, env=environment, capture_output=True)
+
+
+def test_training_leaves_its_log_and_no_workspace(place: Path, tmp_path: Path) -> None:
+    trained = must(
+        *("compress", "distill", "--teacher", place / "classifier", "--layers", 1),
+        *("--data", place / "labels.csv", "--max-length", 32, "--steps", 4, "--accumulate", 2),
+        *("--eval", place / "labels.csv", "--eval-every", 2, "--ema", 0.9, "--dropout"),
+        *("--tensorboard", tmp_path / "board", "-o", tmp_path / "student"),
+    )
+    assert trained["metric"] == "accuracy"
+    assert [step for step, _ in trained["evaluations"]] == [2, 4]
+    assert "curve" not in trained
+    lines = [json.loads(x) for x in (tmp_path / "student/training.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert {"loss", "terms", "rate", "gradient_norm", "tokens_per_second"} <= set(lines[0])
+    assert lines[1]["evaluation"] == trained["evaluations"][0][1]
+    assert not (tmp_path / "student.training").exists()
+    assert any((tmp_path / "board").iterdir())
+    lineage = json.loads((tmp_path / "student/onnxpress.json").read_text())["lineage"]
+    assert [step for step, _ in lineage[-1]["metrics"]["curve"]] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "code"),
+    [
+        (["--steps", 3, "--epochs", 1], "either --steps or --epochs", 2),
+        (["--patience", 2], "counts evaluations; add --eval", 2),
+        (["--ema", 1], "--ema must be in [0, 1), got 1.0", 2),
+        (["--epochs", 0], "--epochs must be above 0", 2),
+        (["--weight-decay", -1], "--weight-decay must not be negative", 2),
+    ],
+)
+def test_training_options_that_make_no_sense(
+    words: list, message: str, code: int, place: Path, tmp_path: Path
+) -> None:
+    result = invoke(
+        *("compress", "distill", "--teacher", place / "encoder", "--layers", 1),
+        *("--data", place / "text.txt", *words, "-o", tmp_path / "out"),
+    )
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert not (tmp_path / "out.training").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_student(place: Path, tmp_path: Path) -> None:
+    """The launch line of the guide: one result, one JSON document, near that of one process."""
+    words = [
+        *("compress", "distill", "--teacher", place / "classifier", "--layers", 1),
+        *("--data", place / "labels.csv", "--max-length", 32, "--steps", 3, "--batch-size", 6),
+        *("--save-every", 1, "--eval", place / "labels.csv", "--json"),
+    ]
+    results = []
+    together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for name, launcher in (("one", []), ("two", together)):
+        done = subprocess.run(
+            [
+                sys.executable,
+                *launcher,
+                "-m",
+                "onnxpress",
+                *map(str, words),
+                "-o",
+                str(tmp_path / name),
+            ],
+            env={
+                **os.environ,
+                "PYTHONPATH": str(Path(__file__).parents[2]),
+                "OMP_NUM_THREADS": "1",
+            },
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads(done.stdout))
+    assert results[0]["loss_last"] == pytest.approx(results[1]["loss_last"], rel=1e-3)
+    assert results[0]["evaluations"] == results[1]["evaluations"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]
+    assert len((tmp_path / "two" / "training.jsonl").read_text().splitlines()) == 3

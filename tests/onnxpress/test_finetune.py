@@ -144,7 +144,7 @@ steps:
 
 def test_a_step_of_a_recipe(place: Path, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE.format(place=place, more="dropout: 0.0"))
+    path.write_text(RECIPE.format(place=place, more="lora_dropout: 0.0"))
     told: list[str] = []
     run_recipe(read_recipe(path), tmp_path / "out", Run(), told.append)
     run_recipe(read_recipe(path), tmp_path / "out", Run(), told.append)
@@ -152,5 +152,5 @@ def test_a_step_of_a_recipe(place: Path, tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "out" / "tuned" / "onnxpress.json").read_text())
     settings = manifest["lineage"][-1]["settings"]
     assert settings["adapter"]["rank"] == 2
-    assert settings["adapter"]["dropout"] == 0
+    assert settings["adapter"]["lora_dropout"] == 0
     assert "accuracy" in manifest["lineage"][-1]["metrics"]

@@ -1,0 +1,144 @@
+"""What every stage that trains has in common: its workspace, its judge, and what it tells."""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calib_data.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from calib_data.batches import Predict
+    from calib_data.sources import Examples
+    from compress.checkpoint import Checkpoint
+    from compress.training import TrainRun
+    from onnxpress.stages import Run
+
+SAVE_EVERY = 200  # steps between saved states
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a training stage writes: a staging directory, and the run with its workspace."""
+
+    staging: Path
+    train_run: "TrainRun"
+
+    def kept(self, name: str) -> Path:
+        """Return a folder of the workspace, a row of `workspace.REUSED`."""
+        assert self.train_run.workspace is not None
+        return self.train_run.workspace.path / name
+
+    def save(self, checkpoint: "Checkpoint") -> None:
+        """Write the trained checkpoint and the log of its training."""
+        from compress.checkpoint import save_checkpoint
+        from compress.train_log import LOG
+
+        save_checkpoint(checkpoint, self.staging)
+        workspace = self.train_run.workspace
+        if workspace is not None and workspace.log.is_file():
+            shutil.copyfile(workspace.log, self.staging / LOG)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A metric on data held out, as a figure that is higher the better; and its name."""
+
+    metric: str
+    measure: Callable[["Checkpoint"], float]
+
+    def __call__(self, checkpoint: "Checkpoint") -> float:
+        """Return the figure; a metric of which less is better comes with a minus."""
+        return self.measure(checkpoint)
+
+
+@dataclass(frozen=True)
+class TrainingChoice:
+    """What belongs to the run of a training stage and not to its config."""
+
+    save_every: int = SAVE_EVERY
+    tensorboard: Path | None = None
+    eval: str | None = None  # spec of the data that judges the model in training
+    eval_columns: str | None = None
+
+    @contextmanager
+    def place(self, out: Path, run: "Run") -> Iterator[Place]:
+        """Yield where to write: OUT.training holds the run's state until OUT is in place.
+
+        Of several processes only the main one writes `out`; the others get a folder that goes.
+        """
+        from compress.files import staged_directory
+        from compress.processes import is_main
+        from compress.training import TrainRun
+        from compress.workspace import open_workspace
+
+        path = out.with_name(f"{out.name}.training")
+        with tempfile.TemporaryDirectory() as nowhere:
+            with (
+                open_workspace(
+                    path, resume=run.resume, overwrite=run.overwrite, save_every=self.save_every
+                ) as workspace,
+                staged_directory(
+                    out if is_main() else Path(nowhere) / "out", run.overwrite
+                ) as staging,
+            ):
+                yield Place(staging, TrainRun(workspace, self.tensorboard))
+
+    def judge(self, reference: "Checkpoint", max_length: int | None) -> Judge | None:
+        """Return what judges a student of `reference`, or None where no data is named.
+
+        The metric is the first that the data's columns and the task allow: one of labels or scores
+        if there are some, otherwise how near the student comes to the reference.
+        """
+        from calib_data.metrics import default_metrics, measure_metric
+        from calib_data.sources import open_data
+        from onnxpress.stages import with_labels_of
+
+        if self.eval is None:
+            return None
+        examples: Examples = with_labels_of(reference, open_data(self.eval, self.eval_columns))
+        fitting = default_metrics(reference.task, examples.roles, True)
+        if not fitting:
+            raise DataError(f"no metric fits {reference.task} and {self.eval}; use other data")
+        expected = _remembered(reference)
+
+        def measure(checkpoint: "Checkpoint") -> float:
+            found = measure_metric(
+                fitting[0],
+                _predict(checkpoint),
+                examples,
+                checkpoint.processor,
+                task=checkpoint.task,
+                max_length=max_length,
+                reference=expected,
+            )
+            return found.value if found.higher_is_better else -found.value
+
+        return Judge(fitting[0], measure)
+
+
+def told(report: Mapping[str, Any], judge: Judge | None) -> dict[str, Any]:
+    """Return what a command tells of a training report: no curves, which the log holds."""
+    short = {k: v for k, v in report.items() if k not in ("losses", "curve")}
+    return short if judge is None else {**short, "metric": judge.metric}
+
+
+def _predict(checkpoint: "Checkpoint") -> "Predict":
+    """Return the checkpoint's answers, wherever its weights are at the moment."""
+
+    def predict(batch: "Mapping[str, Tensor]") -> Any:
+        device = next(checkpoint.module.parameters()).device
+        return checkpoint.predict({name: value.to(device) for name, value in batch.items()})
+
+    return predict
+
+
+def _remembered(checkpoint: "Checkpoint") -> "Predict":
+    from benchmarks.measure import Remembered
+
+    return Remembered(_predict(checkpoint))
