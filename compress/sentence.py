@@ -94,7 +94,7 @@ def wrap_backbone(backbone: nn.Module, files: Mapping[str, bytes]) -> SentenceEn
     modes: tuple[str, ...] = ()
     projections: list[nn.Module] = []
     normalize = False
-    for module in json.loads(files["modules.json"]):
+    for module in json.loads(files.get("modules.json", b"[]")):  # none: pooled by default
         kind = module["type"].rpartition(".")[2]
         if kind == "Pooling":
             modes = _pooling_modes(_settings(module["path"], files))
@@ -138,7 +138,7 @@ def current_files(encoder: SentenceEncoder, files: Mapping[str, bytes]) -> dict[
 
     found = dict(files)
     linears = iter(m for m in encoder.projections.modules() if isinstance(m, nn.Linear))
-    for module in json.loads(files["modules.json"]):
+    for module in json.loads(files.get("modules.json", b"[]")):  # none: pooled by default
         path, kind = module["path"], module["type"].rpartition(".")[2]
         settings: dict[str, Any] = {}
         if kind == "Pooling":
