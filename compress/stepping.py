@@ -88,6 +88,7 @@ class Stepper:
         self.accelerator = _accelerator(config, rows)
         kind = str(self.accelerator.distributed_type).rpartition(".")[2]
         self.sharded = kind in ("FSDP", "DEEPSPEED")
+        self.deepspeed = kind == "DEEPSPEED"  # which keeps weights and moments to itself
         require(
             not (self.sharded and config.ema),
             f"--ema needs whole weights in each process, {kind} shards them; leave it out",
