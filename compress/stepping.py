@@ -5,16 +5,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from calib_data.errors import ModelError, TrainingError
+from calib_data.errors import TrainingError
 from compress.config import require
 from compress.processes import on_cpu
+from compress.recompute import recompute_layers_, recomputed_layers
 from compress.train_config import TrainConfig, parameter_groups
 
 Batch = Mapping[str, Tensor]
@@ -84,10 +83,11 @@ class Stepper:
         self.module, self.config = module, config
         groups = parameter_groups(module, config)
         if config.gradient_checkpointing:
-            _checkpoint_layers_(module, config.dropout)
+            recompute_layers_(module, config.dropout)
         self.accelerator = _accelerator(config, rows)
         kind = str(self.accelerator.distributed_type).rpartition(".")[2]
         self.sharded = kind in ("FSDP", "DEEPSPEED")
+        self.deepspeed = kind == "DEEPSPEED"  # which keeps weights and moments to itself
         require(
             not (self.sharded and config.ema),
             f"--ema needs whole weights in each process, {kind} shards them; leave it out",
@@ -108,7 +108,7 @@ class Stepper:
         """Put the module into the mode in which it is trained: dropout as asked for."""
         self.module.train(self.config.dropout)
         if self.config.gradient_checkpointing:
-            for layer in _checkpointed_layers(self.module):
+            for layer in recomputed_layers(self.module):
                 layer.training = True  # without it the layer keeps its activations
 
     def step(self, parts: Sequence[Batch], rate: float) -> Outcome:
@@ -162,7 +162,7 @@ class Stepper:
     def close(self) -> None:
         """Leave the module as any other: whole, in eval mode, without gradients or wrappers."""
         if self.config.gradient_checkpointing:
-            for layer in _checkpointed_layers(self.module):
+            for layer in recomputed_layers(self.module):
                 layer.gradient_checkpointing = False
         if self._pristine is not None:
             self._gather_(self._pristine)
@@ -228,42 +228,6 @@ def _accelerator(config: TrainConfig, rows: int) -> Any:
         plugin.deepspeed_config["gradient_clipping"] = config.clip
     set_seed(config.seed, device_specific=True)
     return accelerator
-
-
-def _checkpointed_layers(module: nn.Module) -> Iterator[Any]:
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return (m for m in module.modules() if isinstance(m, GradientCheckpointingLayer))
-
-
-def _checkpoint_layers_(module: nn.Module, dropout: bool) -> None:
-    """Let every layer compute its activations again in the backward pass, with or without dropout.
-
-    Chen et al. 2016, arXiv:1604.06174. Raises `ModelError` where the model's layers cannot.
-    """
-    layers = list(_checkpointed_layers(module))
-    if not layers:
-        raise ModelError(
-            f"{type(module).__name__} has no layers that support --gradient-checkpointing; "
-            "leave it out, and lower --batch-size and raise --accumulate instead"
-        )
-    for layer in layers:
-        layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = partial(_run_again, dropout)
-
-
-def _run_again(dropout: bool, call: partial[Any], *args: Any) -> Any:
-    """Run a layer under checkpointing. transformers asks for training mode, dropout comes with it."""
-    layer = call.args[0]
-
-    def run(*args: Any) -> Any:
-        layer.training = dropout
-        try:
-            return call(*args)
-        finally:
-            layer.training = True
-
-    return checkpoint(run, *args, use_reentrant=False)
 
 
 _NO_MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory", "ALLOC_FAILED")

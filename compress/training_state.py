@@ -5,14 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from calib_data.errors import ModelError
 from compress.averaging import AveragedWeights, Best
+from compress.files import destination_errors
 from compress.stepping import Stepper
 from compress.workspace import State
 
-_SHARDS = "shards"  # the folder that Accelerate fills where no process holds whole weights
+_DEEPSPEED = "deepspeed"  # the folder that DeepSpeed fills
 
 
 def state_of(
@@ -21,22 +24,24 @@ def state_of(
     """Return the state of a run after a step; all processes call it.
 
     Weights, the optimizer's moments, the average, the best weights, each process's random numbers,
-    the loss scale. Sharded weights and moments are written into `partial` instead.
+    the loss scale. Where no process holds whole weights, each writes its share into `partial`.
     """
-    groups: dict[str, Mapping[str, Tensor]] = {"random": _gathered_random_state(stepper)}
-    if stepper.sharded:
-        stepper.accelerator.save_state(str(partial / _SHARDS))
+    tensors = _plain_tensors({"random": _gathered_random_state(stepper)})
+    if stepper.deepspeed:
+        stepper.accelerator.save_state(str(partial / _DEEPSPEED))
     else:
-        groups["weights"] = _all_weights(stepper.module)
-        groups["optimizer"] = _moments(stepper)
+        own = _plain_tensors(
+            {"weights": _all_weights(stepper.module), "optimizer": _moments(stepper)}
+        )
+        if stepper.sharded:
+            with destination_errors(partial):
+                save_file(own, partial / _shard(stepper))
+            stepper.accelerator.wait_for_everyone()
+        else:
+            tensors |= own
     if average is not None:
-        groups["average"] = average.weights
-    groups["best"] = best.weights
-    tensors = {
-        f"{group}.{name}": value.detach().cpu().contiguous().clone()
-        for group, values in groups.items()
-        for name, value in values.items()
-    }
+        tensors |= _plain_tensors({"average": average.weights})
+    tensors |= _plain_tensors({"best": best.weights})
     scaler = stepper.accelerator.scaler
     plain = {
         "best": {"value": best.value, "step": best.step, "stale": best.stale},
@@ -51,28 +56,55 @@ def restore_state_(
     """Put a run back to where `state_of` found it; raises `ModelError` for a state that lacks part."""
     device = stepper.accelerator.device
     try:
-        if stepper.sharded:
-            stepper.accelerator.load_state(str(state.directory / _SHARDS))
+        if stepper.deepspeed:
+            stepper.accelerator.load_state(str(state.directory / _DEEPSPEED))
         else:
-            _copy_(_all_weights(stepper.module), _group(state, "weights"))
-            _restore_moments_(stepper, _group(state, "optimizer"))
+            own = load_file(state.directory / _shard(stepper)) if stepper.sharded else state.tensors
+            _copy_(_all_weights(stepper.module), _group(own, "weights"))
+            _restore_moments_(stepper, _group(own, "optimizer"))
         if average is not None:
-            _copy_(average.weights, _group(state, "average"))
-        best.weights = {n: v.to(device) for n, v in _group(state, "best").items()}
+            _copy_(average.weights, _group(state.tensors, "average"))
+        best.weights = {n: v.to(device) for n, v in _group(state.tensors, "best").items()}
         noted = state.plain["best"]
         best.value, best.step, best.stale = noted["value"], noted["step"], noted["stale"]
         if stepper.accelerator.scaler is not None:
             stepper.accelerator.scaler.load_state_dict(state.plain["scale"])
-        _set_random_state(_group(state, "random"), stepper.accelerator.process_index)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        _set_random_state(_group(state.tensors, "random"), stepper.accelerator.process_index)
+    except (
+        KeyError,
+        IndexError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        OSError,
+        SafetensorError,
+    ) as error:
         raise ModelError(
             f"{state.directory} does not fit the run: {error}; start anew with --overwrite"
         ) from error
 
 
-def _group(state: State, group: str) -> dict[str, Tensor]:
+def _shard(stepper: Stepper) -> str:
+    return f"shard-{stepper.accelerator.process_index:05d}.safetensors"
+
+
+def _plain_tensors(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return copies on the CPU, named by group; of a shared tensor this process's share."""
+    return {
+        f"{group}.{name}": _local(value.detach()).cpu().contiguous().clone()
+        for group, values in groups.items()
+        for name, value in values.items()
+    }
+
+
+def _local(value: Any) -> Tensor:
+    own: Tensor = value.to_local() if hasattr(value, "to_local") else value
+    return own
+
+
+def _group(tensors: Mapping[str, Tensor], group: str) -> dict[str, Tensor]:
     prefix = f"{group}."
-    found = {n: v for n, v in state.tensors.items() if n.startswith(prefix)}
+    found = {n: v for n, v in tensors.items() if n.startswith(prefix)}
     return {name.removeprefix(prefix): value for name, value in found.items()}
 
 
@@ -86,7 +118,7 @@ def _copy_(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
     if set(own) != set(saved):
         raise KeyError(f"its tensors differ in {sorted(set(own) ^ set(saved))[0]}")
     for name, value in saved.items():
-        own[name].copy_(value)
+        _local(own[name]).copy_(value)
 
 
 def _moments(stepper: Stepper) -> dict[str, Tensor]:
@@ -96,9 +128,15 @@ def _moments(stepper: Stepper) -> dict[str, Tensor]:
 
 
 def _restore_moments_(stepper: Stepper, saved: Mapping[str, Tensor]) -> None:
+    parameters = [p for group in stepper.optimizer.param_groups for p in group["params"]]
     rows: dict[int, dict[str, Tensor]] = {}
     for key, value in saved.items():
         number, _, name = key.partition(".")
+        parameter = parameters[int(number)]
+        if value.dim() and hasattr(parameter, "to_local"):  # a shared parameter's is shared alike
+            whole = torch.zeros_like(parameter.detach())
+            _local(whole).copy_(value)
+            value = whole
         rows.setdefault(int(number), {})[name] = value
     fresh = stepper.optimizer.state_dict()
     stepper.optimizer.load_state_dict({**fresh, "state": rows})

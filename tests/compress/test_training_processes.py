@@ -23,6 +23,11 @@ from compress.training import TrainConfig, TrainRun, Workspace, train_
 from tests.tiny import tiny_batches, tiny_checkpoint
 
 where, mode = Path(sys.argv[1]), sys.argv[2]
+if os.environ.get("ACCELERATE_USE_FSDP"):  # Accelerate shards on GPUs only, gloo can as well
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 checkpoint = tiny_checkpoint("gpt2", "text-generation")
 checkpoint.module.register_parameter("unused", torch.nn.Parameter(torch.ones(3)))
 rank = int(os.environ.get("RANK", 0))
@@ -59,13 +64,21 @@ save_file(weights, where / f"{name}.safetensors")
 """
 
 
-def launch(where: Path, mode: str, processes: int) -> subprocess.CompletedProcess[str]:
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "GPT2Block",
+}
+
+
+def launch(where: Path, mode: str, processes: int, **more: str) -> subprocess.CompletedProcess[str]:
     script = where / "train.py"
     script.write_text(SCRIPT)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return subprocess.run(
         [sys.executable, *(launcher if processes > 1 else []), str(script), str(where), mode],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more},
         capture_output=True,
         text=True,
         timeout=180,
@@ -77,12 +90,15 @@ def result(where: Path, name: str) -> tuple[list[float], dict[str, Any]]:
     return losses, load_file(where / f"{name}.safetensors")
 
 
-def test_two_processes_equal_one(tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [{}, FSDP], ids=["DDP", "FSDP"])
+def test_two_processes_equal_one(more: dict[str, str], tmp_path: Path) -> None:
     for processes in (1, 2):
-        done = launch(tmp_path, "plain", processes)
+        done = launch(tmp_path, "plain", processes, **(more if processes == 2 else {}))
         assert done.returncode == 0, done.stderr
     losses, weights = result(tmp_path, "plain-1-0")
-    for rank in (0, 1):  # a batch of one row leaves the second process without any
+    # A batch of one row leaves the second process without any. Sharded weights go to the first.
+    for rank in (0,) if more else (0, 1):
         found, own = result(tmp_path, f"plain-2-{rank}")
         assert found == pytest.approx(losses, rel=1e-5)
         for name, value in weights.items():
@@ -95,12 +111,15 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_where_they_were(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "more", [{}, pytest.param(FSDP, marks=pytest.mark.exhaustive)], ids=["DDP", "FSDP"]
+)
+def test_two_processes_go_on_where_they_were(more: dict[str, str], tmp_path: Path) -> None:
     """With dropout, of which each process has its own: the whole run twice, once in two parts."""
     (tmp_path / "whole").mkdir()
-    assert launch(tmp_path / "whole", "go on", 2).returncode == 0
-    assert launch(tmp_path, "stop", 2).returncode == 0
-    done = launch(tmp_path, "go on", 2)
+    assert launch(tmp_path / "whole", "go on", 2, **more).returncode == 0
+    assert launch(tmp_path, "stop", 2, **more).returncode == 0
+    done = launch(tmp_path, "go on", 2, **more)
     assert done.returncode == 0, done.stderr
     expected, weights = result(tmp_path / "whole", "go on-2-0")
     found, own = result(tmp_path, "go on-2-0")

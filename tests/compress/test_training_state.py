@@ -262,6 +262,7 @@ print([x.hex() for x in log.losses], weights_sha256(checkpoint.module))
 """
 
 
+@pytest.mark.slow
 def test_sigkill_in_the_midst_changes_nothing(tmp_path: Path) -> None:
     """A real process, killed while it trains, twice; then left to finish."""
     script = tmp_path / "train.py"
