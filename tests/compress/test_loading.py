@@ -283,7 +283,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "broken config.json": (lambda d: (d / "config.json").write_text("{"), "cannot be read as JSON"),
     "no config.json": (lambda d: (d / "config.json").unlink(), "no config.json"),
     "broken tokenizer": (lambda d: (d / "tokenizer.json").write_text("{"), "tokenizer"),
-    "newer manifest": (manifest(format=99), "newer than 1; upgrade"),
+    "newer manifest": (manifest(format=99), "newer than 2; upgrade"),
     "manifest without format": (manifest(format="one"), "not a checkpoint's manifest"),
     "manifest of a bundle": (manifest(graphs=[]), "ONNX bundle"),
     "manifest with a factory": (manifest(factory=MIXER), "pass --trust-remote-code"),
