@@ -5,71 +5,28 @@ manifest says which modules are adapted and how, and `adapter_skeleton_` makes t
 """
 
 import copy
-import fnmatch
 import re
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from calib_data.errors import ConfigError, ModelError
-from compress.blocks import all_groups, is_linear
+from compress.adapter_plan import (
+    MERGEABLE,
+    SETTINGS,
+    AdapterConfig,
+    in_base,
+    linear_layers,
+    plan_adapter,
+)
 from compress.bottleneck import BottleneckAdapter
 from compress.checkpoint import Checkpoint, StageResult, weights_sha256
-from compress.config import StageConfig, one_of, require
 from compress.prefix import add_prefix_, prefix_shape, start_from_text_
-from compress.signature import Signature, forward_names
-
-# method → its settings with their defaults
-SETTINGS: dict[str, dict[str, Any]] = {
-    "lora": {"rank": 8, "alpha": 16.0, "lora_dropout": 0.05, "targets": ()},
-    "ia3": {"targets": ()},
-    "adapter": {"bottleneck": 48, "placement": "houlsby", "targets": ()},
-    "prefix": {"virtual_tokens": 20},
-}
-MERGEABLE = ("lora", "ia3")
-_OPTIONS = ("rank", "alpha", "lora_dropout", "bottleneck", "placement", "virtual_tokens", "targets")
-_PLACEMENTS = {"houlsby": ("heads", "neurons"), "pfeiffer": ("neurons",)}
-_SAMPLE = 4  # tokens that a prefix's shape is found with
-
-
-@dataclass(frozen=True)
-class AdapterConfig(StageConfig):
-    """Which adapter. A setting that the method has and that is not given gets its default."""
-
-    method: str
-    rank: int | None = None  # lora: of the two factors
-    alpha: float | None = None  # lora: the product counts alpha / rank
-    lora_dropout: float | None = None  # lora: of what goes in
-    bottleneck: int | None = None  # adapter: neurons of each
-    placement: str | None = None  # adapter: houlsby or pfeiffer
-    virtual_tokens: int | None = None  # prefix: positions
-    targets: tuple[str, ...] = ()  # patterns of linear layers; empty: the method's own choice
-
-    def __post_init__(self) -> None:
-        one_of("--method", self.method, tuple(SETTINGS))
-        settings = SETTINGS[self.method]
-        for name in _OPTIONS:
-            option, value = f"--{name.replace('_', '-')}", getattr(self, name)
-            if value in (None, ()):
-                object.__setattr__(self, name, settings.get(name, value))
-            else:
-                require(name in settings, f"the method {self.method} has no {option}; leave it out")
-        for name in ("rank", "bottleneck", "virtual_tokens"):
-            value = getattr(self, name)
-            if value is not None:
-                option = f"--{name.replace('_', '-')}"
-                require(value >= 1, f"{option} must be at least 1, got {value}")
-        require(self.alpha is None or self.alpha > 0, f"--alpha must be above 0, got {self.alpha}")
-        require(
-            self.lora_dropout is None or 0 <= self.lora_dropout < 1,
-            f"--lora-dropout must be in [0, 1), got {self.lora_dropout}",
-        )
-        if self.placement is not None:
-            one_of("--placement", self.placement, tuple(_PLACEMENTS))
+from compress.signature import Signature
 
 
 def add_adapter(
@@ -93,8 +50,8 @@ def add_adapter(
     before = {id(parameter) for parameter in model.parameters()}
     trained = {id(model.get_parameter(name)) for name in fresh}
     if checkpoint.task_row.target == "class":
-        trained |= {id(p) for name, p in model.named_parameters() if not _in_base(model, name)}
-    adapters = _plan(model, config, fresh)
+        trained |= {id(p) for name, p in model.named_parameters() if not in_base(model, name)}
+    adapters = plan_adapter(model, config, fresh)
     longest = longest_adapted(checkpoint.signature, adapters)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -117,13 +74,13 @@ def adapter_skeleton_(model: Any, adapters: Mapping[str, Any], dropout: float = 
         raise ModelError(
             f"the manifest names the method {method!r}; this version knows {', '.join(SETTINGS)}"
         )
-    linear = _linear(model)
+    linear = linear_layers(model)
     if unknown := sorted(set(names) - set(linear)):
         raise ModelError(f"the manifest adapts {unknown[0]}, which is no linear layer of the model")
     if method == "prefix":
         sizes = ("layers", "heads", "width", "virtual_tokens")
         shape = {name: _positive(adapters, name) for name in sizes}
-        if prefix_shape(model, _some_ids()) != {name: shape[name] for name in sizes[:3]}:
+        if prefix_shape(model) != {name: shape[name] for name in sizes[:3]}:
             raise ModelError("the manifest's prefix does not fit the model's layers")
         add_prefix_(model, shape, shape["virtual_tokens"])
     elif method == "adapter":
@@ -197,104 +154,6 @@ def longest_adapted(signature: Signature, adapters: Mapping[str, Any] | None) ->
     return longest - used
 
 
-# --- which modules ------------------------------------------------------------------------------
-
-
-def _plan(model: Any, config: AdapterConfig, fresh: Collection[str]) -> dict[str, Any]:
-    """Return what the manifest says of an adapter: the method, its settings and the modules.
-
-    Modules whose parameters are `fresh` are trained whole, and need none.
-    """
-    if config.method == "prefix":
-        if "input_ids" not in forward_names(model):
-            raise ModelError(f"{type(model).__name__} reads no text; use --method lora")
-        shape = prefix_shape(model, _some_ids())
-        return {"method": "prefix", "virtual_tokens": config.virtual_tokens, **shape}
-    names = _matching(model, config) if config.targets else _DEFAULT[config.method](model, config)
-    names = [name for name in names if f"{name}.weight" not in fresh]
-    if not names:
-        raise ModelError(
-            f"{type(model).__name__} has no layer that {config.method} adapts by itself; "
-            "name some with --targets"
-        )
-    kept: dict[str, Any] = {
-        key: getattr(config, key)
-        for key in ("rank", "alpha", "bottleneck")
-        if key in SETTINGS[config.method]
-    }
-    found: dict[str, Any] = {"method": config.method, **kept, "modules": names}
-    if config.method == "ia3":
-        downs = {group.down for group in all_groups(model) if group.kind == "neurons"}
-        found["feedforward"] = [name for name in names if name in downs]
-    return found
-
-
-def _matching(model: Any, config: AdapterConfig) -> list[str]:
-    linear = _linear(model)
-    for pattern in config.targets:
-        if not any(_matches(name, pattern) for name in linear):
-            last = sorted({name.rpartition(".")[2] for name in linear})
-            raise ConfigError(
-                f"--targets {pattern} matches no linear layer; their names end in {', '.join(last)}"
-            )
-    return [name for name in linear if any(_matches(name, p) for p in config.targets)]
-
-
-def _matches(name: str, pattern: str) -> bool:
-    """Whether a module's whole name, or the end of it after a dot, is what the pattern says."""
-    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
-
-
-def _linear(model: Any) -> list[str]:
-    """Return the names of the linear layers, without those that share an embedding's weight."""
-    shared = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    return [
-        name
-        for name, module in model.named_modules()
-        if name and is_linear(module) and id(getattr(module, "weight", None)) not in shared
-    ]
-
-
-def _some_ids() -> Tensor:
-    return torch.ones((1, _SAMPLE), dtype=torch.long)
-
-
-def _lora_layers(model: Any, config: AdapterConfig) -> list[str]:
-    """Return all linear layers but the head's: Dettmers et al. 2023, arXiv:2305.14314, needed all."""
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    names = [name for name in _linear(model) if _in_base(model, name)]
-    return [name for name in names if model.get_submodule(name) is not output]
-
-
-def _scaled_layers(model: Any, config: AdapterConfig) -> list[str]:
-    """Return keys, values and the feed-forward's output, as Liu et al. 2022, arXiv:2205.05638."""
-    names: list[str] = []
-    for group in all_groups(model):
-        ups = [part.module for part in group.parts if part.outputs]
-        names += ups[-2:] if group.kind == "heads" else [group.down]
-    return list(dict.fromkeys(names))
-
-
-def _output_layers(model: Any, config: AdapterConfig) -> list[str]:
-    kinds = _PLACEMENTS[config.placement or "houlsby"]
-    return list(dict.fromkeys(g.down for g in all_groups(model) if g.kind in kinds))
-
-
-_DEFAULT = {"lora": _lora_layers, "ia3": _scaled_layers, "adapter": _output_layers}
-
-
-def _in_base(model: Any, name: str) -> bool:
-    """Whether a module or parameter belongs to the transformer and not to the head on it."""
-    if getattr(model, "base_model", model) is model:
-        return True
-    return name.startswith(f"{model.base_model_prefix}.")
-
-
-def _as_long_as(ids: Tensor, tokens: int) -> Tensor:
-    """Return (1, tokens) ids, those in `ids` (1, any) over and over."""
-    return ids.repeat(1, -(-tokens // ids.shape[1]))[:, :tokens]
-
-
 # --- putting them in ----------------------------------------------------------------------------
 
 
@@ -341,3 +200,8 @@ def _positive(adapters: Mapping[str, Any], key: str) -> int:
 def _set_(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, module)
+
+
+def _as_long_as(ids: Tensor, tokens: int) -> Tensor:
+    """Return (1, tokens) ids, those in `ids` (1, any) over and over."""
+    return ids.repeat(1, -(-tokens // ids.shape[1]))[:, :tokens]

@@ -14,13 +14,8 @@ from calib_data.batches import Batches, Objective
 from calib_data.errors import ConfigError, ModelError
 from calib_data.metrics import Measured, accuracy, spearman_of_logits
 from calib_data.objectives import IGNORED, Masked, NextToken, Packed, Translation
-from compress.adapters import (
-    MERGEABLE,
-    AdapterConfig,
-    add_adapter,
-    merge_adapter,
-    refuse_adapters,
-)
+from compress.adapter_plan import MERGEABLE, AdapterConfig
+from compress.adapters import add_adapter, merge_adapter, refuse_adapters
 from compress.checkpoint import Checkpoint, StageResult, parameter_count, weights_sha256
 from compress.config import StageConfig, one_of, require
 from compress.training import TrainConfig, TrainRun, train_, units

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from calib_data.errors import ModelError
 from compress.signature import forward_names
 
+_SAMPLE = 4  # tokens that a prefix's shape is found with
 NAME = "prefix_encoder"  # of the module that holds it, in the one that takes the cache
 
 
@@ -63,12 +64,12 @@ class _Prefixed(Cache):
         return length + self.prefix.shape[3], offset
 
 
-def prefix_shape(model: Any, ids: Tensor) -> dict[str, int]:
+def prefix_shape(model: Any) -> dict[str, int]:
     """Return the layers, heads and width of the keys that a prefix for `model` has.
 
     Raises `ModelError` for a model that reads no such prefix, or whose layers differ.
     """
-    return _recorded(model, ids)[1]
+    return _recorded(model, torch.ones((1, _SAMPLE), dtype=torch.long))[1]
 
 
 def add_prefix_(model: Any, shape: dict[str, int], tokens: int) -> None:

@@ -291,7 +291,7 @@ def _distill(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) -
 
 
 def _finetune(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) -> dict[str, Any]:
-    from compress.adapters import AdapterConfig
+    from compress.adapter_plan import AdapterConfig
     from compress.finetune import finetune_config
     from compress.training import TrainConfig
 

@@ -8,14 +8,8 @@ import pytest
 import torch
 
 from calib_data.errors import ConfigError, ModelError
-from compress.adapters import (
-    MERGEABLE,
-    SETTINGS,
-    AdapterConfig,
-    add_adapter,
-    merge,
-    merge_adapter,
-)
+from compress.adapter_plan import MERGEABLE, SETTINGS, AdapterConfig
+from compress.adapters import add_adapter, merge, merge_adapter
 from compress.checkpoint import Checkpoint, weights_sha256
 from compress.distill import DistillConfig, distill
 from compress.files import read_json, write_json

@@ -16,7 +16,7 @@ from calib_data.errors import ConfigError, ModelError
 from calib_data.metrics import perplexity
 from calib_data.objectives import Masked, NextToken, Packed, Translation
 from calib_data.sources import Examples
-from compress.adapters import SETTINGS, AdapterConfig
+from compress.adapter_plan import SETTINGS, AdapterConfig
 from compress.checkpoint import Checkpoint, weights_sha256
 from compress.finetune import (
     RATES,

@@ -138,7 +138,7 @@ def test_sentence_encoder_keeps_its_limit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 99}, "newer than 2"),
+        ({"format": 99}, "newer than 1"),
         ({"format": None}, "manifest"),
         ({"format": "one"}, "manifest"),
         ({"graphs": []}, "manifest"),
