@@ -218,9 +218,9 @@ def _hash_result(directory: Path) -> str:
 
 
 def _hash_data(spec: str) -> str:
-    from calib_data.sources import data_files
+    from calib_data.readers import data_files, parts_of
 
-    return "+".join(map(sha256_file, data_files(spec))) or spec
+    return ",".join("+".join(map(sha256_file, data_files(x))) or x for x in parts_of(spec))
 
 
 # --- the stages, as recipes call them -----------------------------------------------------------

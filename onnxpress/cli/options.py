@@ -117,7 +117,7 @@ def data_options(command: Command) -> Command:
         required=True,
         help="train.jsonl, dev.csv, pairs.tsv, x.parquet, lines.txt, train.de+train.en, images.npz, "
         "whole:FILE[:train|:test], hf:NAME[/CONFIG]:SPLIT, pydoc[:train|:test] or "
-        "digits[:train|:test].",
+        "digits[:train|:test]; or the texts of several, joined by commas.",
     )
     @columns_option
     @click.option("--limit", type=int, help="Use at most this many examples, chosen by the seed.")

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from calib_data.errors import ConfigError, DataError
-from calib_data.sources import Examples, data_files, open_data
+from calib_data.readers import data_files
+from calib_data.sources import Examples, open_data
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 
@@ -262,3 +263,29 @@ def test_a_whole_file_is_one_text(tmp_path: Path) -> None:
 
 def test_what_is_built_in_reads_no_files() -> None:
     assert data_files("pydoc:train") == data_files("hf:a/b:train") == []
+
+
+def test_sources_joined_by_commas_give_the_texts_of_all(write) -> None:
+    lines = write("a.txt", "one\ntwo\none\n")
+    pairs = write("b.csv", "two,three,0.5\nfour,five,1\n")
+    spec = f"{lines},{pairs}"
+    found = open_data(spec, ";sentence1,sentence2,score")
+    assert found.roles == {"text"}
+    assert found.column("text") == ["one", "two", "four", "three", "five"]
+    assert data_files(spec) == [Path(lines), Path(pairs)]
+    assert len(open_data(spec, ";sentence1,sentence2,score", limit=2)) == 2
+    mixed = open_data(f"{lines},pydoc:train")
+    assert set(mixed.column("text")) > {"one", "two"}
+
+
+def test_a_comma_in_a_file_name_joins_nothing(write) -> None:
+    path = write("a,b.txt", "one\n")
+    assert open_data(path).column("text") == ["one"]
+
+
+def test_sources_that_cannot_be_joined_are_named(write) -> None:
+    lines = write("a.txt", "one\n")
+    with pytest.raises(ConfigError, match="has 2 parts for 3 sources"):
+        open_data(f"{lines},{lines},pydoc", "text;text")
+    with pytest.raises(DataError, match="digits has no text"):
+        open_data(f"{lines},digits")
