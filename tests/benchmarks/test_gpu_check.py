@@ -1,5 +1,7 @@
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,13 @@ SCRIPT = Path(gpu_check.__file__).with_name("gpu_check.sh")
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_machine_without_cuda_is_one_line(tmp_path: Path) -> None:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
-        [str(SCRIPT), str(tmp_path / "out")], capture_output=True, text=True, check=False
+        [str(SCRIPT), str(tmp_path / "out")],
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 5
     assert done.stdout == ""
