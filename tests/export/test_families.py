@@ -9,13 +9,14 @@ import pytest
 
 from calib_data.errors import ModelError
 from compress.checkpoint import Checkpoint
+from compress.loading import open_checkpoint
 from compress.quantize import QuantizeConfig, quantize
 from export.graph import ExportConfig, build_graph
 from export.parity import check_graphs
 from export.parts import parts
 from tests.compress.test_prune import apply_plan, random_plan
 from tests.export.graphs import operators, save
-from tests.tiny import EXPORT_ONLY, FAMILIES, tiny_checkpoint
+from tests.tiny import EXPORT_ONLY, FAMILIES, tiny_checkpoint, write
 
 # family → why it cannot be exported; strict, so that a repaired one is noticed
 KNOWN: dict[str, str] = {}
@@ -151,3 +152,40 @@ def pruned(checkpoint: Checkpoint) -> Checkpoint:
     except ModelError:
         return checkpoint
     return apply_plan(checkpoint, plan)
+
+
+ENCODERS = (
+    *("albert", "bert", "camembert", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet"),
+    *("roberta", "xlm-roberta"),
+)
+TASKS = ("text-classification", "token-classification", "fill-mask", "question-answering")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [
+        pytest.param(family, task, marks=[] if family == "bert" else pytest.mark.exhaustive)
+        for family in ENCODERS
+        for task in TASKS
+    ],
+)
+def test_an_encoder_with_the_head_of_each_task(family: str, task: str, tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(family, task)
+    assert list(parts(checkpoint)) == ["model"]
+    wanted = ["start_logits", "end_logits"] if task == "question-answering" else ["logits"]
+    assert list(checkpoint.signature.outputs) == wanted
+    assert attentions(held_to_the_gate(checkpoint, tmp_path)) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=pytest.mark.exhaustive) for f in ENCODERS if f != "bert"]
+)
+def test_an_encoder_as_a_sentence_encoder(family: str, tmp_path: Path) -> None:
+    plain = tiny_checkpoint(family)
+    directory = write(plain, tmp_path / "plain")
+    checkpoint = open_checkpoint(directory, task="sentence-embedding")
+    (tmp_path / "graphs").mkdir()
+    assert attentions(held_to_the_gate(checkpoint, tmp_path / "graphs")) == 2
+    assert checkpoint.signature.outputs[:2] == ("token_embeddings", "sentence_embedding")
