@@ -105,6 +105,7 @@ def test_a_checkpoint_and_its_bundle_are_measured_alike(tmp_path: Path) -> None:
     assert str(tmp_path) not in str(report.to_json())
 
 
+@pytest.mark.exhaustive
 def test_a_decoder_with_cache_is_measured_like_its_checkpoint(tmp_path: Path) -> None:
     from compress.loading import open_checkpoint
     from export.graph import ExportConfig

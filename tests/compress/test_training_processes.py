@@ -110,6 +110,7 @@ def test_two_processes_equal_one(more: dict[str, str], tmp_path: Path) -> None:
             assert difference.max() < 2e-4, name
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "more", [{}, pytest.param(FSDP, marks=pytest.mark.exhaustive)], ids=["DDP", "FSDP"]

@@ -24,11 +24,6 @@ KNOWN_INT8: dict[str, str] = {
     "clip_vision_model": "of one image the pooled vector has 32 numbers and PyTorch's rounding in them "
     "is, by luck, a quarter of its usual; over 24 batches graph and source are 4.7e-7 and 3.4e-7 off",
 }
-# families that share another one's code: `make check` runs them too, `make test` does not
-ALIKE = (
-    *("camembert", "deit", "electra", "gpt_neox", "marian", "mistral", "opt", "phi", "qwen2"),
-    *("qwen3", "roberta", "xlm-roberta"),
-)
 
 DECODERS = ("gemma", "gpt2", "gpt_neox", "llama", "mistral", "opt", "phi", "qwen2", "qwen3")
 SEQ2SEQ = ("bart", "marian", "t5")
@@ -59,14 +54,13 @@ LAYER: dict[str, tuple[int, int, int, int]] = {
 }
 
 
-def parameters(known: Mapping[str, str] = KNOWN, alike: tuple[str, ...] = ALIKE) -> list:
-    made = []
-    for family in (*FAMILIES, *EXPORT_ONLY):
-        marks = [pytest.mark.exhaustive] if family in alike else []
-        if family in known:
-            marks.append(pytest.mark.xfail(strict=True, reason=known[family]))
-        made.append(pytest.param(family, marks=marks))
-    return made
+def parameters(known: Mapping[str, str] = KNOWN) -> list:
+    return [
+        pytest.param(family, marks=pytest.mark.xfail(strict=True, reason=known[family]))
+        if family in known
+        else family
+        for family in (*FAMILIES, *EXPORT_ONLY)
+    ]
 
 
 def attentions(found: Counter[str]) -> int:
@@ -131,15 +125,8 @@ def test_float(family: str, tmp_path: Path) -> None:
     assert attentions(found) == (6 if family in SEQ2SEQ else 4 if family == "swin" else 2)
 
 
-# with the kinds of blocks that pruning and int8 modules meet; all others in `make check`
-MIXED = ("albert", "bart", "bert", "deberta-v2", "gpt2", "llama", "modernbert", "t5", "vit")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "family",
-    parameters(KNOWN_INT8, tuple(f for f in (*FAMILIES, *EXPORT_ONLY) if f not in MIXED)),
-)
+@pytest.mark.parametrize("family", parameters(KNOWN_INT8))
 def test_pruned_and_int8(family: str, tmp_path: Path) -> None:
     made = quantize(pruned(whole(family)), QuantizeConfig()).checkpoint
     assert held_to_the_gate(made, tmp_path)["MatMulInteger"] > 0

@@ -81,6 +81,7 @@ def test_float_passes_and_one_weight_off_by_one_percent_fails(
     assert report.diverges.startswith(MODULE.removeprefix("backbone."))
 
 
+@pytest.mark.exhaustive
 def test_median_weight_off_by_one_percent_fails(minilm: Checkpoint, tmp_path: Path) -> None:
     bundle, _ = export_onnx(minilm, tmp_path / "out", ExportConfig())
     model = ir.load(bundle.model_path)

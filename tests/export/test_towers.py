@@ -137,6 +137,7 @@ def test_directory_with_and_without_a_processor(processor: bool, tmp_path: Path)
         assert any(check.case == "real text" for check in report.checks)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_pruned_and_int8(tmp_path: Path) -> None:
     pruned = apply_plan(clip(), random_plan(clip()))
