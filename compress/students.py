@@ -1,11 +1,9 @@
-"""Layer stacks: finding them, reading their outputs; and making students that are smaller teachers."""
+"""Layer stacks: finding them; and making students that are smaller teachers."""
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from calib_data.errors import ConfigError, ModelError
@@ -138,19 +136,3 @@ def _structure(teacher: Checkpoint, kept: Mapping[str, Sequence[int]]) -> dict[s
         elif stack is None:
             structure[key] = count
     return structure
-
-
-@contextlib.contextmanager
-def captured_layers(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Yield a list that fills with each layer's output (batch, sequence, width) as `model` runs."""
-    captured: list[Tensor] = []
-
-    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        captured.append(output if isinstance(output, torch.Tensor) else output[0])
-
-    handles = [layer.register_forward_hook(keep) for layer in layer_stack(model)[1]]
-    try:
-        yield captured
-    finally:
-        for handle in handles:
-            handle.remove()

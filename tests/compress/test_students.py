@@ -6,8 +6,9 @@ import torch
 from calib_data.errors import ConfigError, ModelError
 from compress.checkpoint import weights_sha256
 from compress.loading import open_checkpoint
+from compress.observe import observe
 from compress.quantize import QuantizeConfig, quantize
-from compress.students import captured_layers, evenly_spaced, layer_stack, student_from_layers
+from compress.students import evenly_spaced, layer_stack, student_from_layers
 from tests.compress.test_prune import apply_plan, random_plan
 from tests.tiny import tiny_checkpoint, write
 
@@ -46,10 +47,10 @@ def test_first_layers_compute_what_the_teacher_computes(family: str) -> None:
     before = weights_sha256(teacher.module)
     student = student_from_layers(teacher, [0, 1])
     sample = teacher.signature.sample(2, 8)
-    with captured_layers(teacher.module) as theirs:
-        teacher.predict(sample)
-    with captured_layers(student.module) as mine:
-        student.predict(sample)
+    theirs, mine = (
+        observe(checkpoint, sample, frozenset({"layers"})).layers
+        for checkpoint in (teacher, student)
+    )
     assert len(mine) == 2
     assert len(theirs) == 4
     for first, second in zip(mine, theirs):
