@@ -11,13 +11,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from calib_data.batches import Batches, Objective
-from calib_data.errors import ConfigError, ModelError
+from calib_data.errors import ConfigError, DataError, ModelError
 from calib_data.metrics import Measured, accuracy, spearman_of_logits
-from calib_data.objectives import IGNORED, Masked, NextToken, Packed, Translation
+from calib_data.objectives import Masked, NextToken, Packed, Translation
 from compress.adapter_plan import MERGEABLE, AdapterConfig
 from compress.adapters import add_adapter, merge_adapter, refuse_adapters
 from compress.checkpoint import Checkpoint, StageResult, parameter_count, weights_sha256
 from compress.config import StageConfig, one_of, require
+from compress.losses import hard_targets
+from compress.tasks import Target
 from compress.training import TrainConfig, TrainRun, train_, units
 
 # A full model moves little; what starts from zero has far to go.
@@ -190,9 +192,16 @@ def task_loss(checkpoint: Checkpoint, batch: Mapping[str, Tensor]) -> tuple[Tens
     return sum_of(checkpoint.forward(batch)["logits"].float(), batch), unit
 
 
-def _class_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """Sum the cross entropy of logits (B, classes) and labels (B,)."""
-    return F.cross_entropy(logits, batch["labels"], reduction="sum")
+def _label_loss(target: Target) -> Callable[[Tensor, Mapping[str, Tensor]], Tensor]:
+    """Return what sums the cross entropy of a batch's labels, as `hard_targets` finds them."""
+
+    def total(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        found = hard_targets(target, {"logits": logits}, batch)
+        if found is None:
+            raise DataError("the batch has no labels for the task; give --data with labels")
+        return F.cross_entropy(*found, reduction="sum")
+
+    return total
 
 
 def _score_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
@@ -200,26 +209,13 @@ def _score_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     return F.mse_loss(logits[:, 0], batch["scores"], reduction="sum")
 
 
-def _next_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """Sum the cross entropy of logits (B, T, V) and the ids one further on, padding left out."""
-    mask = batch["attention_mask"]
-    labels = batch["input_ids"][:, 1:].masked_fill((mask[:, 1:] * mask[:, :-1]) == 0, IGNORED)
-    return _token_loss(logits[:, :-1], {"labels": labels})
-
-
-def _token_loss(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """Sum the cross entropy of logits (B, T, V) and labels (B, T), those of −100 left out."""
-    labels = batch["labels"].flatten()
-    return F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORED, reduction="sum")
-
-
 # target → its loss summed over a batch, and what that is divided by
 _LOSSES: dict[str, tuple[Callable[[Tensor, Mapping[str, Tensor]], Tensor], str]] = {
-    "class": (_class_loss, "labels"),
+    "class": (_label_loss("class"), "labels"),
     "score": (_score_loss, "rows"),
-    "next-token": (_next_loss, "next"),
-    "masked-token": (_token_loss, "labels"),
-    "translation": (_token_loss, "labels"),
+    "next-token": (_label_loss("next-token"), "next"),
+    "masked-token": (_label_loss("masked-token"), "labels"),
+    "translation": (_label_loss("translation"), "labels"),
 }
 _OBJECTIVES: dict[str, Callable[[Checkpoint], Objective]] = {
     "class": lambda checkpoint: Objective(),

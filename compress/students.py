@@ -94,11 +94,6 @@ def make_student(
     return student
 
 
-def student_from_layers(teacher: Checkpoint, keep: Sequence[int]) -> Checkpoint:
-    """Return a model of the teacher's layers in `keep`, ascending, weights and config together."""
-    return make_student(teacher, StudentShape(keep_layers=tuple(keep)))
-
-
 def _kept_layers(model: nn.Module, shape: StudentShape) -> dict[str, Sequence[int]]:
     """Return the teacher's layers that stay, by stack; nothing where the shape names none."""
     if not (shape.layers or shape.keep_layers):

@@ -83,11 +83,6 @@ class OnnxBundle:
         return self.graphs["model"]
 
     @property
-    def model_path(self) -> Path:
-        """The file of the graph called `model`."""
-        return self.graph.path
-
-    @property
     def signature(self) -> Signature:
         """Inputs and outputs of the graph called `model`."""
         return self.graph.signature

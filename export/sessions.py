@@ -3,7 +3,7 @@
 import ctypes
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -11,9 +11,6 @@ import onnxruntime as ort
 from onnx import TensorProto
 
 from calib_data.errors import ConfigError, ModelError, ProviderError
-
-if TYPE_CHECKING:  # a worker that only runs a graph should not carry torch in its memory
-    from calib_data.batches import Predict
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _BFLOAT16 = "tensor(bfloat16)"
@@ -185,8 +182,3 @@ def zeros(shape: tuple[int, ...], item: ort.NodeArg) -> np.ndarray:
     if item.type not in _FLOATS:
         raise ModelError(f"the cache {item.name} is {item.type}; known are {', '.join(_FLOATS)}")
     return np.zeros(shape, _FLOATS[item.type])
-
-
-def session_predict(session: ort.InferenceSession) -> "Predict":
-    """Return `run` on `session` as what metrics take."""
-    return lambda batch: run(session, batch)

@@ -1,6 +1,7 @@
 """Small seeded models and tokenizers, made on the spot: no test needs a download."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from calib_data.batches import Batches, ImageShape
 from calib_data.sources import Examples
 from compress.checkpoint import Checkpoint, save_checkpoint
 from compress.signature import transformer_signature
+from compress.sizes import StudentShape
+from compress.students import make_student
 from compress.tasks import get_task
 
 _WORDS = (
@@ -249,3 +252,8 @@ SENTENCES = [
     "green",
     "the text is from one module to that one",
 ] * 4
+
+
+def student_from_layers(teacher: Checkpoint, keep: Sequence[int]) -> Checkpoint:
+    """Return a model of the teacher's layers in `keep`, ascending."""
+    return make_student(teacher, StudentShape(keep_layers=tuple(keep)))

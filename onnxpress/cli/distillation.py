@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from onnxpress.cli.options import Command
+from onnxpress.cli.options import Command, pack_option
 
 # by name, so that --help imports no torch; a test holds it to the table in compress/loss_table.py
 LOSS_NAMES = (
@@ -88,11 +88,7 @@ def loss_options(command: Command) -> Command:
 def text_options(command: Command) -> Command:
     """Add --pack and --generate; the command takes `pack` and `generate`, settings or None."""
 
-    @click.option(
-        "--pack",
-        is_flag=True,
-        help="Join the texts and cut blocks of --max-length (text-generation).",
-    )
+    @pack_option
     @click.option(
         "--generate",
         "new_tokens",

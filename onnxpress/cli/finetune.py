@@ -11,6 +11,7 @@ from onnxpress.cli.options import (
     data_options,
     model_argument,
     out_option,
+    pack_option,
     task_option,
     trust_option,
 )
@@ -40,9 +41,7 @@ _METHODS = ["full", "lora", "prefix", "ia3", "adapter"]
     "the one beside the file.",
 )
 @data_options
-@click.option(
-    "--pack", is_flag=True, help="Join the texts and cut blocks of --max-length (text-generation)."
-)
+@pack_option
 @task_option
 @trust_option
 @click.option("--new-head", is_flag=True, help="Learn the data's classes from the start.")

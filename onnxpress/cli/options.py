@@ -109,6 +109,11 @@ provider_option = click.option(
 out_option = click.option("-o", "--out", type=OUT, required=True, help="Directory to write.")
 
 
+pack_option = click.option(
+    "--pack", is_flag=True, help="Join the texts and cut blocks of --max-length (text-generation)."
+)
+
+
 def data_options(command: Command) -> Command:
     """Add --data and how it is read; the command takes `data`."""
 

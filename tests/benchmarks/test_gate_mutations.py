@@ -4,7 +4,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from benchmarks.gate_mutations import KINDS, Outcome, Subject, judge, markdown, prove, summary
+from benchmarks.gate_mutations import Outcome, Subject, judge, markdown, prove, summary
+from benchmarks.mutations import KINDS
 from tests.export.graphs import cached_graph_of, checkpoint_of, graph_of
 
 

@@ -156,6 +156,6 @@ def test_a_graph_that_was_changed_is_not_measured(tmp_path: Path) -> None:
 
     bundle = write_bundle([("model", checkpoint_of("vit"), graph_of("vit"))], checkpoint_of("vit"),
                           {}, tmp_path)  # fmt: skip
-    bundle.model_path.write_bytes(bundle.model_path.read_bytes()[:-1] + b"x")
+    bundle.graph.path.write_bytes(bundle.graph.path.read_bytes()[:-1] + b"x")
     with pytest.raises(ModelError, match="changed after its export"):
         RUNTIMES["onnx"].describe(str(tmp_path))

@@ -16,8 +16,7 @@ from compress.files import read_json, write_json
 from compress.loading import open_checkpoint
 from compress.prune import PruneConfig, prune
 from compress.quantize import QuantizeConfig, quantize
-from compress.students import student_from_layers
-from tests.tiny import tiny_batches, tiny_checkpoint, write
+from tests.tiny import student_from_layers, tiny_batches, tiny_checkpoint, write
 
 IDS = torch.arange(5, 40).unsqueeze(0)
 CLASSIFIER, DECODER = "text-classification", "text-generation"

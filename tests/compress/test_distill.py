@@ -15,11 +15,17 @@ from compress.distill import DistillConfig, distill, prepare, running_teacher
 from compress.observe import Observer
 from compress.pairing import Pairing
 from compress.quantize import QuantizeConfig, quantize
-from compress.students import student_from_layers
 from compress.training import TrainConfig, units
 from tests.compress.pairs import batch_for, make
 from tests.compress.test_prune import apply_plan, random_plan
-from tests.tiny import SPECIAL, WORDS, tiny_batches, tiny_checkpoint, tiny_tokenizer
+from tests.tiny import (
+    SPECIAL,
+    WORDS,
+    student_from_layers,
+    tiny_batches,
+    tiny_checkpoint,
+    tiny_tokenizer,
+)
 
 BRIEF = TrainConfig(steps=25, learning_rate=2e-3)
 LARGE = {

@@ -8,9 +8,8 @@ from transformers.modeling_utils import AttentionInterface
 from calib_data.errors import ModelError, TrainingError
 from compress.checkpoint import Checkpoint
 from compress.observe import Observed, observe, stacks
-from compress.students import student_from_layers
 from tests.compress.test_prune import apply_plan, random_plan
-from tests.tiny import FAMILIES, tiny_batches, tiny_checkpoint
+from tests.tiny import FAMILIES, student_from_layers, tiny_batches, tiny_checkpoint
 
 ALL = frozenset({"outputs", "layers", "attention", "embeddings"})
 SEQ2SEQ = ("bart", "marian", "t5")

@@ -8,9 +8,9 @@ from compress.checkpoint import weights_sha256
 from compress.loading import open_checkpoint
 from compress.observe import observe
 from compress.quantize import QuantizeConfig, quantize
-from compress.students import evenly_spaced, layer_stack, student_from_layers
+from compress.students import evenly_spaced, layer_stack
 from tests.compress.test_prune import apply_plan, random_plan
-from tests.tiny import tiny_checkpoint, write
+from tests.tiny import student_from_layers, tiny_checkpoint, write
 
 
 @pytest.mark.parametrize(

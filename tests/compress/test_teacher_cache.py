@@ -15,10 +15,9 @@ from calib_data.objectives import Masked
 from compress.checkpoint import Checkpoint
 from compress.distill import DistillConfig, cached_teacher, distill
 from compress.observe import Observed, observe
-from compress.students import student_from_layers
 from compress.teacher_cache import Kept, TeacherCache
 from compress.training import TrainConfig
-from tests.tiny import tiny_batches, tiny_checkpoint, tiny_tokenizer
+from tests.tiny import student_from_layers, tiny_batches, tiny_checkpoint, tiny_tokenizer
 
 ALL = Kept(("last_hidden_state",), layers=(1,), embeddings=(0,), attention=(0,))
 NEEDS = frozenset({"outputs", "layers", "embeddings", "attention"})

@@ -40,12 +40,12 @@ def test_bundle_opens_as_it_was_written(name: str, tmp_path: Path) -> None:
     assert bundle.max_length == checkpoint.max_length
     assert bundle.signature == checkpoint.signature
     assert bundle.graph.output == checkpoint.output
-    assert bundle.graph.files["model.onnx"].sha256 == sha256_file(bundle.model_path)
+    assert bundle.graph.files["model.onnx"].sha256 == sha256_file(bundle.graph.path)
     assert [entry["stage"] for entry in bundle.lineage] == ["source", "export"]
     assert ExportConfig.from_json(bundle.lineage[-1]["settings"]) == ExportConfig()
-    assert bundle.size_bytes == bundle.model_path.stat().st_size
+    assert bundle.size_bytes == bundle.graph.path.stat().st_size
     bundle.verify()
-    session = open_session(bundle.model_path)
+    session = open_session(bundle.graph.path)
     sample = bundle.signature.sample(2)
     assert set(run(session, sample)) >= set(bundle.signature.outputs)
 
@@ -88,7 +88,7 @@ def test_images_without_a_processor(tmp_path: Path) -> None:
 
 def test_lineage_is_in_the_graph(tmp_path: Path) -> None:
     bundle = make(tmp_path / "out")
-    stored = {p.key: p.value for p in onnx.load(bundle.model_path).metadata_props}
+    stored = {p.key: p.value for p in onnx.load(bundle.graph.path).metadata_props}
     assert json.loads(stored["onnxpress.lineage"]) == bundle.lineage
 
 
@@ -210,7 +210,7 @@ def test_external_data_must_be_whole_and_in_the_bundle(
     location: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bundles, "EXTERNAL_DATA_BYTES", 10_000)
-    path = make(tmp_path / "out").model_path
+    path = make(tmp_path / "out").graph.path
     read_graph(path)
     outside = tmp_path / "model.onnx.data"
     outside.write_bytes((path.parent / "model.onnx.data").read_bytes())
@@ -227,7 +227,7 @@ def test_external_data_must_be_whole_and_in_the_bundle(
 
 @pytest.mark.parametrize("content", [b"", b"not a graph", None], ids=["empty", "noise", "cut"])
 def test_what_is_no_graph_is_one_line(content: bytes | None, tmp_path: Path) -> None:
-    path = make(tmp_path / "out").model_path
+    path = make(tmp_path / "out").graph.path
     path.write_bytes(path.read_bytes()[:-5000] if content is None else content)
     with pytest.raises(ModelError, match="cannot be read as a graph") as caught:
         read_graph(path)

@@ -48,7 +48,7 @@ def test_int8_is_small(int8: tuple[Checkpoint, OnnxBundle]) -> None:
 
 
 def test_int8_kernels_run(int8: tuple[Checkpoint, OnnxBundle], tmp_path: Path) -> None:
-    found = optimized_operators(int8[1].model_path, tmp_path)
+    found = optimized_operators(int8[1].graph.path, tmp_path)
     fused = found["DynamicQuantizeMatMul"] + found["MatMulIntegerToFloat"]
     linear = len([n for n in int8[0].quantization["modules"] if "embeddings" not in n])  # type: ignore[index]
     pooler = 1  # its result is no output
@@ -61,7 +61,7 @@ def test_int8_kernels_run(int8: tuple[Checkpoint, OnnxBundle], tmp_path: Path) -
 def test_int8_weight_off_by_one_step_fails(
     int8: tuple[Checkpoint, OnnxBundle], tmp_path: Path
 ) -> None:
-    model = ir.load(int8[1].model_path)
+    model = ir.load(int8[1].graph.path)
     report = check_parity(int8[0], save(model, tmp_path, lambda m: one_step(weight_of(m, MODULE))))
     with pytest.raises(ParityError):
         report.raise_if_failed()
@@ -72,7 +72,7 @@ def test_float_passes_and_one_weight_off_by_one_percent_fails(
 ) -> None:
     bundle, report = export_onnx(minilm, tmp_path / "out", ExportConfig())
     assert report.passed
-    model = ir.load(bundle.model_path)
+    model = ir.load(bundle.graph.path)
     path = save(model, tmp_path, lambda m: one_element(weight_of(m, MODULE)))
     report = check_parity(minilm, path)
     with pytest.raises(ParityError):
@@ -84,7 +84,7 @@ def test_float_passes_and_one_weight_off_by_one_percent_fails(
 @pytest.mark.exhaustive
 def test_median_weight_off_by_one_percent_fails(minilm: Checkpoint, tmp_path: Path) -> None:
     bundle, _ = export_onnx(minilm, tmp_path / "out", ExportConfig())
-    model = ir.load(bundle.model_path)
+    model = ir.load(bundle.graph.path)
 
     def median(array) -> None:  # type: ignore[no-untyped-def]
         flat = abs(array).ravel()

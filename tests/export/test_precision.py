@@ -40,7 +40,7 @@ def test_half_precision_passes_the_gate_and_stays_fused(
         checkpoint, tmp_path / "out", ExportConfig(target="cuda", dtype="fp16")
     )
     assert report.passed
-    graph = ir.load(bundle.model_path).graph
+    graph = ir.load(bundle.graph.path).graph
     weights = [v.const_value for v in graph.initializers.values() if v.const_value is not None]
     assert not any(w.dtype == ir.DataType.FLOAT and w.size > 100 for w in weights)
     kinds = [node.op_type for node in graph]

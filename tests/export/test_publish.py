@@ -85,7 +85,7 @@ def test_a_bundle_is_held_against_a_checkpoint(tmp_path: Path) -> None:
     assert check_bundle(checkpoint_of("vit"), bundle).passed == report.passed
     with pytest.raises(ModelError, match="holds model; the model becomes encoder_model, decoder_"):
         check_bundle(tiny_checkpoint("t5", "text2text-generation"), bundle)
-    bundle.model_path.write_bytes(bundle.model_path.read_bytes()[:-1] + b"x")
+    bundle.graph.path.write_bytes(bundle.graph.path.read_bytes()[:-1] + b"x")
     with pytest.raises(ModelError, match="changed after its export"):
         check_bundle(checkpoint_of("vit"), bundle)
 
