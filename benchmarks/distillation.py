@@ -19,7 +19,8 @@ from typing import Any
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 SEEDS = (0, 1, 2)
-ABLATION_STEPS = 400
+HALF = ("--precision", "bf16")
+SHORT = ("--steps", "400", "--eval-every", "400")  # an ablation's training
 GPT: dict[str, Any] = {
     "model_type": "gpt2",
     "n_embd": 256,
@@ -39,13 +40,29 @@ class Job:
 
 def jobs(data: Path) -> Iterator[Job]:
     """Yield every job, those first whose results others start from."""
+    yield from _classification(data)
+    yield from _sentences(data)
+    yield from _characters(data)
+
+
+def _classification(data: Path) -> Iterator[Job]:
+    """SST-2: fine-tuning whole and in part, then students of the result."""
     sst2 = ("--data", f"{data}/sst2/train.tsv", "--eval", f"{data}/sst2/dev.tsv")
-    short = ("--max-length", "64", "--eval-every", "1000")
-    yield Job("sst2/full", ("compress", "finetune", MINILM, *sst2, *short, "--epochs", "2"))
-    yield Job(
-        "sst2/lora",
-        ("compress", "finetune", MINILM, *sst2, *short, "--epochs", "2", "--method", "lora"),
-    )
+    common = (*sst2, "--max-length", "64", *HALF)
+    long = ("--epochs", "2", "--eval-every", "1000")
+    yield Job("sst2/full", ("compress", "finetune", MINILM, *common, *long))
+    yield Job("sst2/lora", ("compress", "finetune", MINILM, *common, *long, "--method", "lora"))
+    student = ("compress", "distill", "--teacher", "OUT/sst2/full", "--layers", "3", *common)
+    for seed in SEEDS:
+        whole = (*student, "--epochs", "1", "--eval-every", "1000", "--seed", str(seed))
+        yield Job(f"sst2/taught-{seed}", (*whole, "--losses", "logits,hidden"))
+        yield Job(f"sst2/alone-{seed}", (*whole, "--losses", "hard"))
+    for loss in ("hard", "logits", "reverse-kl", "jsd", "logits-mse"):
+        yield Job(f"ablation/sst2-{loss}", (*student, "--losses", loss, *SHORT))
+
+
+def _sentences(data: Path) -> Iterator[Job]:
+    """A student of the sentence encoder itself, and what each loss does to it."""
     texts = ",".join(
         [
             f"{data}/stsb/train.csv",
@@ -59,45 +76,44 @@ def jobs(data: Path) -> Iterator[Job]:
     mixed = ("--data", texts, "--columns", "sentence1,sentence2,_;;;text,_;;", "--max-length", "64")
     judged = ("--eval", f"{data}/stsb/dev.csv", "--eval-columns", "sentence1,sentence2,score")
     student = ("compress", "distill", "--teacher", MINILM, "--layers", "3", *mixed, *judged)
+    taught = (*student, "--lr", "3e-4", *HALF)
     # judged at its end only: no STS-B score chooses the weights
-    yield Job(
-        "sts/student", (*student, "--steps", "16000", "--eval-every", "16000", "--lr", "3e-4")
-    )
-    fit = (
-        "embedding",
-        "similarity",
-        "contrastive",
-        "hidden",
-        "hidden-cosine",
-        "attention",
-        "relations",
-    )
-    for loss in fit:
-        steps = ("--steps", str(ABLATION_STEPS), "--eval-every", str(ABLATION_STEPS))
-        yield Job(f"ablation/{loss}", (*student, "--losses", loss, *steps))
-    for seed in SEEDS:
-        base = ("--layers", "3", *sst2, *short, "--epochs", "1", "--seed", str(seed))
-        taught = ("compress", "distill", "--teacher", "OUT/sst2/full", *base)
-        yield Job(f"sst2/taught-{seed}", (*taught, "--losses", "logits,hidden"))
-        yield Job(f"sst2/alone-{seed}", (*taught, "--losses", "hard"))
+    long = ("--steps", "6000", "--eval-every", "6000")
+    yield Job("sts/student", (*taught, *long))
+    # a step of no length: what the layers are worth before they are trained
+    yield Job("ablation/sts-untrained", (*student, "--lr", "1e-12", "--steps", "1"))
+    others = ("similarity", "contrastive", "hidden", "hidden-cosine", "attention", "relations")
+    for losses in ("embedding", *others, *(f"embedding,{other}" for other in others)):
+        name = f"ablation/sts-{losses.replace(',', '+')}"
+        yield Job(name, (*taught, "--losses", losses, *SHORT))
+
+
+def _characters(data: Path) -> Iterator[Job]:
+    """A character model, and students half as wide that start from its weights."""
     play = f"whole:{data}/tinyshakespeare/input.txt"
-    characters = (
-        "--data",
-        f"{play}:train",
+    text = ("--data", f"{play}:train")
+    common = (
         "--eval",
         f"{play}:test",
         "--pack",
+        "--max-length",
+        "128",
         "--eval-every",
         "500",
+        *HALF,
     )
-    made = ("--from-config", "OUT/gpt.json", "--tokenizer", "characters", "--max-length", "128")
-    yield Job("gpt/teacher", ("compress", "finetune", *made, *characters, "--epochs", "10"))
+    made = ("--from-config", "OUT/gpt.json", "--tokenizer", "characters")
+    yield Job("gpt/teacher", ("compress", "finetune", *made, *text, *common, "--epochs", "10"))
+    half = ("--hidden", str(GPT["n_embd"] // 2))
+    student = ("compress", "distill", "--teacher", "OUT/gpt/teacher", *half, *common)
     for seed in SEEDS:
-        # both start from the teacher's weights, so that what differs is the loss
-        half = ("--hidden", str(GPT["n_embd"] // 2), "--seed", str(seed), "--max-length", "128")
-        speaker = ("compress", "distill", "--teacher", "OUT/gpt/teacher", *half, *characters)
-        yield Job(f"gpt/taught-{seed}", (*speaker, "--epochs", "3"))
-        yield Job(f"gpt/alone-{seed}", (*speaker, "--epochs", "3", "--losses", "hard"))
+        same = (*student, *text, "--epochs", "3", "--seed", str(seed))
+        yield Job(f"gpt/taught-{seed}", same)
+        yield Job(f"gpt/alone-{seed}", (*same, "--losses", "hard"))
+    # half a million of the teacher's own characters, as often as makes the same number of steps
+    lines = ("--data", f"{data}/tinyshakespeare/input.txt", "--limit", "4000", "--epochs", "6")
+    spoken = ("--generate", "112", "--prompt-tokens", "16", "--generate-temperature", "1")
+    yield Job("ablation/gpt-generated", (*student, *lines, *spoken))
 
 
 def run(job: Job, out: Path) -> None:
