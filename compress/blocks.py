@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from calib_data.errors import ModelError
 from compress.int8 import DynamicInt8Linear
+from compress.static_int8 import StaticInt8Linear
 from compress.weight_only import WeightOnlyLinear
 
 Kind = Literal["heads", "neurons"]
@@ -73,7 +74,7 @@ class Group:
 
 def is_linear(module: nn.Module | None) -> bool:
     """Whether `module` is a linear layer: `nn.Linear`, GPT-2's `Conv1D`, or a quantized one."""
-    known = isinstance(module, nn.Linear | DynamicInt8Linear | WeightOnlyLinear)
+    known = isinstance(module, nn.Linear | DynamicInt8Linear | StaticInt8Linear | WeightOnlyLinear)
     return known or type(module).__name__ == "Conv1D"
 
 

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compress.calibration import InputStats
+from compress.quantize_config import QuantizeConfig
+
 
 def quantize_per_channel(weight: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """Return the int8 weight and its float32 scales along `axis`: weight ≈ int8 × scale.
@@ -67,6 +70,7 @@ class DynamicInt8Linear(nn.Module):
 
     weight: Tensor  # (in, out) int8: the layout of MatMulInteger's second operand
     scale: Tensor  # (out,) float32
+    bias: Tensor | None  # (out,) float32
 
     def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__()
@@ -75,14 +79,27 @@ class DynamicInt8Linear(nn.Module):
         self.register_buffer("scale", torch.ones(out_features))
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
 
-    def quantize_(self, weight: Tensor) -> None:
-        """Hold the float `weight` (out, in) in int8."""
+    def quantize_(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        config: QuantizeConfig | None = None,
+        stats: InputStats | None = None,
+    ) -> None:
+        """Hold the float `weight` (out, in) in int8, and `bias` (out,)."""
+        del config, stats
         values, self.scale = quantize_per_channel(weight.t(), axis=1)
         self.weight = values.contiguous()
+        if bias is not None:
+            self.bias = bias
 
     def dequantize(self) -> Tensor:
         """Return the float32 weight (out, in) that the module stands for."""
         return (self.weight.float() * self.scale).t().contiguous()
+
+    def dequantized_bias(self) -> Tensor | None:
+        """Return the float32 bias (out,) that the module stands for."""
+        return self.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""

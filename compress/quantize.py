@@ -1,92 +1,141 @@
-"""The quantize stage: linear layers and embedding tables become small ones, decided in PyTorch."""
+"""The quantize stage: linear layers and embedding tables become small ones, decided in PyTorch.
+
+Statistics → preparation → replacement: `prepare` sees the calibration data and moves outliers,
+`quantize_only` replaces the layers named, `quantize` does both.
+"""
 
 import copy
 import fnmatch
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from calib_data.errors import ModelError
+from calib_data.errors import ConfigError, ModelError
 from compress.adapters import refuse_adapters
 from compress.blocks import features
+from compress.calibration import Calibration, CalibrationData, InputStats, calibrate
 from compress.checkpoint import Checkpoint, StageResult, weights_sha256
-from compress.config import StageConfig, one_of, require
 from compress.int8 import DynamicInt8Linear, Int8Embedding
+from compress.quantize_config import SCHEME_SETTINGS, QuantizeConfig
+from compress.static_int8 import StaticInt8Linear
 from compress.weight_only import WeightOnlyLinear
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """What takes a linear layer's place, and the settings that it is made with."""
+    """What takes a linear layer's place, and the settings that an empty one is made with."""
 
     linear: type[nn.Module]
-    settings: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # allowed, default first
+    shape: tuple[str, ...] = ()
 
 
 SCHEMES = {
     "dynamic": Scheme(DynamicInt8Linear),
-    "weight-only": Scheme(WeightOnlyLinear, {"bits": (4, 8), "block_size": (32, 16, 64, 128, 256)}),
+    "static": Scheme(StaticInt8Linear, ("activations",)),
+    "weight-only": Scheme(WeightOnlyLinear, ("bits", "block_size")),
 }
 
 
 @dataclass(frozen=True)
-class QuantizeConfig(StageConfig):
-    """How to quantize. A setting that the scheme has and that is not given gets its default."""
+class Prepared:
+    """A float checkpoint with all that is needed to quantize any of its layers."""
 
-    scheme: str = "dynamic"  # int8 weights per channel, uint8 activations at run time
-    skip: tuple[str, ...] = ()  # patterns of module names that stay float
-    bits: int | None = None  # of each weight
-    block_size: int | None = None  # weights that share a scale
-
-    def __post_init__(self) -> None:
-        one_of("--scheme", self.scheme, tuple(SCHEMES))
-        settings = SCHEMES[self.scheme].settings
-        for name in ("bits", "block_size"):
-            option, value = f"--{name.replace('_', '-')}", getattr(self, name)
-            if value is not None:
-                require(name in settings, f"the scheme {self.scheme} has no {option}; leave it out")
-                one_of(option, value, settings[name])
-            elif name in settings:
-                object.__setattr__(self, name, settings[name][0])
+    checkpoint: Checkpoint
+    names: tuple[str, ...]  # of the layers and tables that can be quantized
+    calibration: Calibration | None  # where the settings need data
 
 
 def quantize(
-    checkpoint: Checkpoint, config: QuantizeConfig, progress: Callable[[], None] = lambda: None
+    checkpoint: Checkpoint,
+    config: QuantizeConfig,
+    batches: CalibrationData | None = None,
+    progress: Callable[[], None] = lambda: None,
+    state: Path | None = None,
 ) -> StageResult:
     """Return the checkpoint with its linear layers as the scheme has them, and int8 embedding tables.
 
     The input is untouched. A linear layer whose weight is tied to an embedding keeps its own
-    copy, since the two are scaled along different axes. Raises `ModelError` for a checkpoint that is
-    quantized already, or has nothing to quantize.
+    copy, since the two are laid out along different axes. What calibration has seen so far is kept in
+    `state`, if that is given. Raises `ModelError` for a checkpoint that is quantized already, or has
+    nothing to quantize, and `ConfigError` where the settings need data and there are none.
+    """
+    prepared = prepare(checkpoint, config, batches, progress, state)
+    quantized = quantize_only(prepared, prepared.names, config, progress)
+    before, after = (_bytes(c.backbone) for c in (checkpoint, quantized))
+    report = {"modules": list(prepared.names), "bytes_before": before, "bytes_after": after}
+    metrics: dict[str, Any] = {"bytes_before": before, "bytes_after": after}
+    data = {}
+    if prepared.calibration is not None:
+        data = {"data": prepared.calibration.fingerprint}
+        metrics["calibration_samples"] = prepared.calibration.samples
+    return StageResult(
+        quantized.with_stage(
+            "quantize",
+            settings=config.to_json(),
+            parent=weights_sha256(checkpoint.backbone),
+            metrics=metrics,
+            **data,
+        ),
+        report,
+    )
+
+
+def prepare(
+    checkpoint: Checkpoint,
+    config: QuantizeConfig,
+    batches: CalibrationData | None = None,
+    progress: Callable[[], None] = lambda: None,
+    state: Path | None = None,
+) -> Prepared:
+    """Return what can be quantized, with the statistics that the settings need.
+
+    The errors are those of `quantize`.
     """
     if checkpoint.quantization:
         raise ModelError("this checkpoint is quantized already; start from the float one")
     refuse_adapters(checkpoint, "quantize")
-    module = copy.deepcopy(checkpoint.module)
-    quantized = replace(checkpoint, module=module)
-    names = _quantizable(quantized, config.skip)
+    names = tuple(_quantizable(checkpoint, config.skip))
     if not names:
         raise ModelError("there is no linear layer or embedding table to quantize")
-    settings = config.to_json()
-    chosen = {name: settings[name] for name in SCHEMES[config.scheme].settings}
-    quantization = {"scheme": config.scheme, **chosen, "modules": names}
-    for name in names:
-        source = quantized.backbone.get_submodule(name)
-        _replace_(quantized.backbone, name, _quantized(source, quantization))
-        progress()
-    before, after = (_bytes(c.backbone) for c in (checkpoint, quantized))
-    report = {"modules": names, "bytes_before": before, "bytes_after": after}
-    return StageResult(
-        replace(quantized, quantization=quantization).with_stage(
-            "quantize",
-            settings=settings,
-            parent=weights_sha256(checkpoint.backbone),
-            metrics={"bytes_before": before, "bytes_after": after},
-        ),
-        report,
+    if not config.needs_data:
+        return Prepared(checkpoint, names, None)
+    if batches is None:
+        raise ConfigError(
+            f"the scheme {config.scheme} with these settings learns from data; give --data"
+        )
+    tables = {name for name in names if isinstance(_module(checkpoint, name), nn.Embedding)}
+    calibration = calibrate(
+        checkpoint,
+        [name for name in names if name not in tables],
+        batches,
+        moments=config.rounding != "nearest",
+        progress=progress,
+        state=state,
     )
+    return Prepared(checkpoint, names, calibration)
+
+
+def quantize_only(
+    prepared: Prepared,
+    names: Iterable[str],
+    config: QuantizeConfig,
+    progress: Callable[[], None] = lambda: None,
+) -> Checkpoint:
+    """Return a copy of the prepared checkpoint with just the layers `names` quantized."""
+    made = replace(prepared.checkpoint, module=copy.deepcopy(prepared.checkpoint.module))
+    settings = config.to_json()
+    chosen = {name: settings[name] for name in SCHEMES[config.scheme].shape}
+    quantization = {"scheme": config.scheme, **chosen, "modules": list(names)}
+    inputs = prepared.calibration.inputs if prepared.calibration else {}
+    for name in quantization["modules"]:
+        source = made.backbone.get_submodule(name)
+        small = _quantized(source, quantization, config, inputs.get(name))
+        _replace_(made.backbone, name, small)
+        progress()
+    return replace(made, quantization=quantization)
 
 
 def quantized_skeleton_(model: nn.Module, quantization: Mapping[str, Any]) -> None:
@@ -96,7 +145,8 @@ def quantized_skeleton_(model: nn.Module, quantization: Mapping[str, Any]) -> No
             f"the manifest names the scheme {quantization.get('scheme')!r}; "
             f"this version knows {', '.join(SCHEMES)}"
         )
-    for name, known in SCHEMES[quantization["scheme"]].settings.items():
+    for name in SCHEMES[quantization["scheme"]].shape:
+        known = SCHEME_SETTINGS[quantization["scheme"]][name]
         if quantization.get(name) not in known:
             raise ModelError(
                 f"the manifest names {name} {quantization.get(name)}; "
@@ -165,16 +215,21 @@ def _empty(source: Any, quantization: Mapping[str, Any]) -> nn.Module:
     if isinstance(source, nn.Embedding):
         return Int8Embedding(source.num_embeddings, source.embedding_dim, source.padding_idx)
     scheme = SCHEMES[quantization["scheme"]]
-    settings = {name: quantization[name] for name in scheme.settings}
+    settings = {name: quantization[name] for name in scheme.shape}
     return scheme.linear(*features(source), source.bias is not None, **settings)
 
 
-def _quantized(source: Any, quantization: Mapping[str, Any]) -> nn.Module:
+def _quantized(
+    source: Any, quantization: Mapping[str, Any], config: QuantizeConfig, stats: InputStats | None
+) -> nn.Module:
     made: Any = _empty(source, quantization)
-    conv1d = not isinstance(source, nn.Linear | nn.Embedding)  # which holds (in, out)
-    made.quantize_(source.weight.t() if conv1d else source.weight)
-    if getattr(source, "bias", None) is not None:
-        made.bias = source.bias.detach().clone()
+    if isinstance(source, nn.Embedding):
+        made.quantize_(source.weight)
+        return made
+    bias = None if source.bias is None else source.bias.detach().clone()
+    # Conv1D holds (in, out)
+    weight = source.weight if isinstance(source, nn.Linear) else source.weight.t()
+    made.quantize_(weight.detach(), bias, config, stats)
     return made
 
 
@@ -182,12 +237,18 @@ def _float(source: Any) -> nn.Module:
     made: Any
     if isinstance(source, Int8Embedding):
         made = nn.Embedding(source.num_embeddings, source.embedding_dim)
-    else:
-        made = nn.Linear(source.in_features, source.out_features, source.bias is not None)
+        made.weight.data = source.dequantize()
+        return made
+    bias = source.dequantized_bias()
+    made = nn.Linear(source.in_features, source.out_features, bias is not None)
     made.weight.data = source.dequantize()
-    if getattr(source, "bias", None) is not None:
-        made.bias.data = source.bias.clone()
+    if bias is not None:
+        made.bias.data = bias.clone()
     return made
+
+
+def _module(checkpoint: Checkpoint, name: str) -> nn.Module:
+    return checkpoint.backbone.get_submodule(name)
 
 
 def _bytes(model: nn.Module) -> int:

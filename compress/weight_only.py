@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compress.calibration import InputStats
+from compress.quantize_config import QuantizeConfig
+
 # what the range over the number of steps is multiplied by, to be tried as a block's scale
 _SHARES = [1.1 - 0.025 * i for i in range(17)]
 _NUMBERS = 1 << 18  # quantized at a time: they stay in the cache
@@ -131,6 +134,7 @@ class WeightOnlyLinear(nn.Module):
     packed: Tensor  # (out, blocks, block_size × bits / 8) uint8
     scale: Tensor  # (out, blocks) float32
     zero_point: Tensor  # (out, blocks × bits / 8, rounded up) uint8, packed
+    bias: Tensor | None  # (out,) float32
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool, bits: int, block_size: int
@@ -146,16 +150,29 @@ class WeightOnlyLinear(nn.Module):
         self.register_buffer("zero_point", zeros)
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
 
-    def quantize_(self, weight: Tensor) -> None:
-        """Hold the float `weight` (out, in) as nearly as the bits allow."""
+    def quantize_(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        config: QuantizeConfig | None = None,
+        stats: InputStats | None = None,
+    ) -> None:
+        """Hold the float `weight` (out, in) as nearly as the bits allow, and `bias` (out,)."""
+        del config, stats
         made = quantize_blocks(weight, self.bits, self.block_size)
         self.packed, self.scale, self.zero_point = made
+        if bias is not None:
+            self.bias = bias
 
     def dequantize(self) -> Tensor:
         """Return the float32 weight (out, in) that the module stands for."""
         return dequantize_blocks(
             self.packed, self.scale, self.zero_point, self.bits, self.block_size, self.in_features
         )
+
+    def dequantized_bias(self) -> Tensor | None:
+        """Return the float32 bias (out,) that the module stands for."""
+        return self.bias
 
     @property
     def weight(self) -> Tensor:

@@ -322,7 +322,7 @@ def _prune(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) -> 
 
 
 def _quantize(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) -> dict[str, Any]:
-    from compress.quantize import QuantizeConfig
+    from compress.quantize_config import QuantizeConfig
 
     _check_settings(settings, _names(QuantizeConfig))
     config = QuantizeConfig.from_json(_take(settings, QuantizeConfig))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from compress.distill import DistillConfig
     from compress.finetune import FinetuneConfig
     from compress.prune import PruneConfig
-    from compress.quantize import QuantizeConfig
+    from compress.quantize_config import QuantizeConfig
     from compress.sizes import StudentShape
     from export.graph import ExportConfig
 
@@ -282,17 +282,22 @@ def prune_model(
 
 
 def quantize_model(
-    model: ModelChoice, config: "QuantizeConfig", out: Path, run: Run
+    model: ModelChoice,
+    config: "QuantizeConfig",
+    out: Path,
+    run: Run,
+    data: DataChoice | None = None,
 ) -> dict[str, Any]:
-    """Quantize a model and write it."""
+    """Quantize a model and write it; `data` calibrates it, where the settings need that."""
     from compress.checkpoint import save_checkpoint
     from compress.files import staged_directory
     from compress.quantize import quantize
 
     with staged_directory(out, run.overwrite) as staging:
         checkpoint = model.open()
+        batches = data.batches(checkpoint, run.seed, shuffle=False) if data else None
         with run.progress("quantize", None) as advance:
-            result = quantize(checkpoint, config, advance)
+            result = quantize(checkpoint, config, batches, advance)
         save_checkpoint(result.checkpoint, staging)
     report = {k: v for k, v in result.report.items() if k != "modules"}
     report["modules"] = len(result.report["modules"])

@@ -1,7 +1,7 @@
 """Small seeded models and tokenizers, made on the spot: no test needs a download."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +233,24 @@ def tiny_batches(count: int = 16, batch_size: int = 4, **columns: list[Any]) -> 
     """Return batches of the first `count` sentences, with labels or scores if `columns` has them."""
     table = datasets.Dataset.from_dict({"text": SENTENCES[:count], **columns})
     return Batches(Examples(table, "test data"), tiny_tokenizer(), batch_size=batch_size)
+
+
+class SampledBatches:
+    """Batches of what the model's signature calls valid inputs, for any family."""
+
+    fingerprint = "sampled"
+
+    def __init__(self, checkpoint: Checkpoint, count: int = 4, sequence: int = 16) -> None:
+        self._made = [
+            checkpoint.signature.sample(batch=4, sequence=sequence, seed=seed, ragged=True)
+            for seed in range(count)
+        ]
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return iter(self._made)
 
 
 def write(checkpoint: Checkpoint, directory: Path) -> Path:

@@ -162,7 +162,7 @@ def quantize_command(
     output: Output,
 ) -> None:
     """Turn linear layers and embedding tables into small ones."""
-    from compress.quantize import QuantizeConfig
+    from compress.quantize_config import QuantizeConfig
 
     config = QuantizeConfig(scheme, skip, bits, block_size)
     result = quantize_model(model, config, out, run)

@@ -15,7 +15,8 @@ from compress.distill import DistillConfig, distill
 from compress.files import read_json, write_json
 from compress.loading import open_checkpoint
 from compress.prune import PruneConfig, prune
-from compress.quantize import QuantizeConfig, quantize
+from compress.quantize import quantize
+from compress.quantize_config import QuantizeConfig
 from tests.tiny import student_from_layers, tiny_batches, tiny_checkpoint, write
 
 IDS = torch.arange(5, 40).unsqueeze(0)

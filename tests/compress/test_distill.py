@@ -14,7 +14,8 @@ from compress.checkpoint import Checkpoint, weights_sha256
 from compress.distill import DistillConfig, distill, prepare, running_teacher
 from compress.observe import Observer
 from compress.pairing import Pairing
-from compress.quantize import QuantizeConfig, quantize
+from compress.quantize import quantize
+from compress.quantize_config import QuantizeConfig
 from compress.training import TrainConfig, units
 from tests.compress.pairs import batch_for, make
 from tests.compress.test_prune import apply_plan, random_plan

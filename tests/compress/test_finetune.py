@@ -28,7 +28,8 @@ from compress.finetune import (
     task_loss,
 )
 from compress.heads import Classes, with_head
-from compress.quantize import QuantizeConfig, quantize
+from compress.quantize import quantize
+from compress.quantize_config import QuantizeConfig
 from compress.tasks import get_task
 from compress.training import TrainConfig, units
 from tests.tiny import SENTENCES, tiny_batches, tiny_checkpoint, tiny_tokenizer

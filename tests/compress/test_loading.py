@@ -16,7 +16,8 @@ from calib_data.batches import ImageShape
 from calib_data.errors import ConfigError, ModelError
 from compress.checkpoint import Checkpoint, weights_sha256
 from compress.loading import open_checkpoint
-from compress.quantize import QuantizeConfig, quantize
+from compress.quantize import quantize
+from compress.quantize_config import QuantizeConfig
 from tests.compress.test_prune import apply_plan, random_plan
 from tests.tiny import (
     FAMILIES,

@@ -10,7 +10,8 @@ from compress.blocks import find_groups
 from compress.checkpoint import Checkpoint, parameter_count, weights_sha256
 from compress.plan import PrunePlan
 from compress.prune import PruneConfig, apply_plan, mask_units_, prune
-from compress.quantize import QuantizeConfig, quantize
+from compress.quantize import quantize
+from compress.quantize_config import QuantizeConfig
 from compress.signature import named_outputs
 from tests.tiny import FAMILIES, tiny_batches, tiny_checkpoint
 

@@ -11,13 +11,13 @@ from compress.int8 import DynamicInt8Linear, Int8Embedding
 from compress.loading import open_checkpoint
 from compress.quantize import (
     SCHEMES,
-    QuantizeConfig,
     dequantized,
     quantize,
     quantized_skeleton_,
 )
+from compress.quantize_config import SCHEME_SETTINGS, QuantizeConfig
 from compress.weight_only import WeightOnlyLinear
-from tests.tiny import FAMILIES, tiny_checkpoint, write
+from tests.tiny import FAMILIES, SampledBatches, tiny_checkpoint, write
 
 FOUR, EIGHT = (QuantizeConfig("weight-only", bits=bits) for bits in (4, 8))
 
@@ -29,15 +29,20 @@ def kinds(model: nn.Module, kind: type[nn.Module]) -> list[str]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     ("config", "weights", "activations"),
-    [(QuantizeConfig(), 0.15, 0.2), (FOUR, 0.7, 0.7), (EIGHT, 0.15, 0.2)],
-    ids=["dynamic", "4 bit", "8 bit"],
+    [
+        (QuantizeConfig(), 0.15, 0.2),
+        (QuantizeConfig("static"), 0.15, 0.2),
+        (FOUR, 0.7, 0.7),
+        (EIGHT, 0.15, 0.2),
+    ],
+    ids=["dynamic", "static", "4 bit", "8 bit"],
 )
 def test_outputs_stay_close(
     family: str, config: QuantizeConfig, weights: float, activations: float
 ) -> None:
     checkpoint = tiny_checkpoint(family)
     before = weights_sha256(checkpoint.module)
-    result = quantize(checkpoint, config)
+    result = quantize(checkpoint, config, SampledBatches(checkpoint))
     assert weights_sha256(checkpoint.module) == before
     assert result.report["bytes_after"] < 0.6 * result.report["bytes_before"]
     sample = checkpoint.signature.sample(batch=4, sequence=16, ragged=True)
@@ -53,13 +58,14 @@ def test_outputs_stay_close(
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_all_linear_layers_and_tables_are_quantized(family: str, scheme: str) -> None:
     checkpoint = tiny_checkpoint(family)
-    made = quantize(checkpoint, QuantizeConfig(scheme)).checkpoint
+    batches = SampledBatches(checkpoint)
+    made = quantize(checkpoint, QuantizeConfig(scheme), batches).checkpoint
     assert kinds(made.module, nn.Linear) == kinds(made.module, nn.Embedding) == []
     assert not [m for m in made.module.modules() if type(m).__name__ == "Conv1D"]
     tables = kinds(checkpoint.module, nn.Embedding)
     assert kinds(made.module, Int8Embedding) == tables
     linear = kinds(made.module, SCHEMES[scheme].linear)
-    defaults = {name: values[0] for name, values in SCHEMES[scheme].settings.items()}
+    defaults = {name: SCHEME_SETTINGS[scheme][name][0] for name in SCHEMES[scheme].shape}
     assert made.quantization == {
         "scheme": scheme,
         **defaults,
@@ -157,7 +163,7 @@ def test_weight_only_holds_the_weights(bits: int, family: str) -> None:
         ({"scheme": "dynamic", "block_size": 32}, "dynamic has no --block-size"),
         ({"scheme": "weight-only", "bits": 3}, "--bits must be one of 4, 8, got 3"),
         ({"scheme": "weight-only", "block_size": 48}, "--block-size must be one of"),
-        ({"scheme": "weight_only"}, "--scheme must be one of dynamic, weight-only"),
+        ({"scheme": "weight_only"}, "--scheme must be one of dynamic, static, weight-only"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(values: dict, message: str) -> None:

@@ -7,7 +7,8 @@ from calib_data.errors import ConfigError, ModelError
 from compress.checkpoint import weights_sha256
 from compress.loading import open_checkpoint
 from compress.observe import observe
-from compress.quantize import QuantizeConfig, quantize
+from compress.quantize import quantize
+from compress.quantize_config import QuantizeConfig
 from compress.students import evenly_spaced, layer_stack
 from tests.compress.test_prune import apply_plan, random_plan
 from tests.tiny import student_from_layers, tiny_checkpoint, write

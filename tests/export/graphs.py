@@ -11,7 +11,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from compress.checkpoint import Checkpoint
-from compress.quantize import QuantizeConfig, quantize
+from compress.quantize import quantize
+from compress.quantize_config import QuantizeConfig
 from export.graph import MODULE, ExportConfig, build_graph
 from export.parts import parts
 from export.sessions import open_session, run

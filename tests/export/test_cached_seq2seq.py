@@ -15,7 +15,8 @@ import torch
 from transformers import GenerationConfig
 
 from compress.checkpoint import Checkpoint
-from compress.quantize import QuantizeConfig, quantize
+from compress.quantize import quantize
+from compress.quantize_config import QuantizeConfig
 from export.graph import ExportConfig, build_graph
 from export.parts import parts
 from export.publish import export_onnx

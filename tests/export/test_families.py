@@ -10,7 +10,8 @@ import pytest
 from calib_data.errors import ModelError
 from compress.checkpoint import Checkpoint
 from compress.loading import open_checkpoint
-from compress.quantize import QuantizeConfig, quantize
+from compress.quantize import quantize
+from compress.quantize_config import QuantizeConfig
 from export.graph import ExportConfig, build_graph
 from export.parity import check_graphs
 from export.parts import parts

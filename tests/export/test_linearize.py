@@ -2,7 +2,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from compress.quantize import QuantizeConfig, dequantized, quantize
+from compress.quantize import dequantized, quantize
+from compress.quantize_config import QuantizeConfig
 from export.graph import MODULE, ExportConfig, build_graph
 from export.linearize import linearize_
 from tests.export.graphs import checkpoint_of, graph_of, operators, run_graph

@@ -8,7 +8,8 @@ import pytest
 from calib_data.errors import ParityError
 from compress.checkpoint import Checkpoint
 from compress.loading import open_checkpoint
-from compress.quantize import QuantizeConfig, quantize
+from compress.quantize import quantize
+from compress.quantize_config import QuantizeConfig
 from export.bundle import OnnxBundle
 from export.graph import ExportConfig
 from export.parity import check_parity

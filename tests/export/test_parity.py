@@ -10,7 +10,8 @@ import pytest
 
 from calib_data.errors import ParityError
 from compress.checkpoint import Checkpoint
-from compress.quantize import QuantizeConfig, quantize
+from compress.quantize import quantize
+from compress.quantize_config import QuantizeConfig
 from export.cases import parity_cases
 from export.graph import ExportConfig, build_graph
 from export.parity import check_graphs, check_parity

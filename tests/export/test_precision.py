@@ -9,7 +9,8 @@ import torch
 
 from calib_data.errors import ConfigError
 from compress.checkpoint import Checkpoint
-from compress.quantize import QuantizeConfig, quantize
+from compress.quantize import quantize
+from compress.quantize_config import QuantizeConfig
 from export.cases import parity_cases
 from export.graph import ExportConfig, build_graph
 from export.localize import first_divergence

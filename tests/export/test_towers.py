@@ -12,7 +12,8 @@ import transformers
 
 from compress.checkpoint import Checkpoint
 from compress.loading import open_checkpoint
-from compress.quantize import QuantizeConfig, quantize
+from compress.quantize import quantize
+from compress.quantize_config import QuantizeConfig
 from compress.signature import transformer_signature
 from export.bundle import open_bundle
 from export.graph import ExportConfig, build_graph

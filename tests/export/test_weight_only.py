@@ -11,7 +11,8 @@ import onnx_ir as ir
 import pytest
 
 from compress.checkpoint import Checkpoint
-from compress.quantize import QuantizeConfig, quantize
+from compress.quantize import quantize
+from compress.quantize_config import QuantizeConfig
 from export.graph import MODULE, ExportConfig, build_graph
 from export.parity import check_parity
 from tests.export.graphs import NAMES, edit, operators, save

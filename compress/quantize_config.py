@@ -1,0 +1,62 @@
+"""How to quantize: the settings, and which of them each scheme has."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from compress.config import StageConfig, one_of, require
+
+# scheme → its own settings → what each may be, the default first
+SCHEME_SETTINGS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+    "dynamic": {"per_channel": (True, False), "reduce_range": (False, True)},
+    "static": {
+        "per_channel": (True, False),
+        "reduce_range": (False, True),
+        "activations": ("uint8", "int8"),
+        "ranges": ("mse", "minmax", "percentile", "entropy"),
+    },
+    "weight-only": {"bits": (4, 8), "block_size": (32, 16, 64, 128, 256)},
+}
+ROUNDINGS = ("nearest", "gptq")
+
+
+@dataclass(frozen=True)
+class QuantizeConfig(StageConfig):
+    """How to quantize. A setting that the scheme has and that is not given gets its default."""
+
+    scheme: str = "dynamic"  # int8 weights, uint8 activations at run time
+    skip: tuple[str, ...] = ()  # patterns of module names that stay float
+    bits: int | None = None  # of each weight
+    block_size: int | None = None  # weights that share a scale
+    per_channel: bool | None = None  # a scale for each output of a layer, or one for all of it
+    reduce_range: bool | None = None  # weights of 7 bits, for processors whose sums saturate
+    activations: str | None = None  # uint8 with a zero point, or int8 around zero
+    ranges: str | None = None  # how an activation's range is chosen from what calibration saw
+    percentile: float = 99.99  # share of the values in it, where `ranges` is percentile
+    smooth: float = 0.0  # how much of the activations' outliers moves into the weights, 0 to 1
+    bias_correction: bool = False  # take the mean error of a layer's weights out of its bias
+    rounding: str = "nearest"  # or gptq: each weight makes up for the errors of those before it
+
+    def __post_init__(self) -> None:
+        one_of("--scheme", self.scheme, tuple(SCHEME_SETTINGS))
+        every = dict.fromkeys(name for names in SCHEME_SETTINGS.values() for name in names)
+        own = SCHEME_SETTINGS[self.scheme]
+        for name in every:
+            option, value = f"--{name.replace('_', '-')}", getattr(self, name)
+            if value is not None:
+                require(name in own, f"the scheme {self.scheme} has no {option}; leave it out")
+                one_of(option, value, own[name])
+            elif name in own:
+                object.__setattr__(self, name, own[name][0])
+        require(
+            50 < self.percentile <= 100,
+            f"--percentile must be above 50 and at most 100, got {self.percentile}",
+        )
+        require(0 <= self.smooth <= 1, f"--smooth must be in [0, 1], got {self.smooth}")
+        one_of("--rounding", self.rounding, ROUNDINGS)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether activations must be seen to quantize so."""
+        learns = self.smooth > 0 or self.bias_correction or self.rounding != "nearest"
+        return self.scheme == "static" or learns
