@@ -13,7 +13,7 @@ from calib_data.sources import Examples
 from compress.checkpoint import Checkpoint
 from compress.signature import transformer_signature
 from compress.surgery import resize_
-from compress.tasks import Task, mapping_of
+from compress.tasks import Task, get_task, mapping_of
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,31 @@ def with_head(
         sidecars={},
     )
     return made, fresh
+
+
+def with_head_of(teacher: Checkpoint, student: Checkpoint, seed: int) -> Checkpoint:
+    """Return `student` for the task of `teacher`, so that it can learn it.
+
+    A student without a head, of the same width, gets the teacher's; what has another shape is drawn
+    by `seed`. One with a head of its own, or of a teacher without one, comes back as it is. Raises
+    `ModelError` where the student's architecture has no model for the task.
+    """
+    headless = get_task("feature-extraction").auto_class
+    if student.config is None or teacher.config is None:
+        return student
+    if student.task_row.auto_class != headless or teacher.task_row.auto_class == headless:
+        return student
+    task, classes = teacher.task_row, None
+    if task.target == "class":
+        names = tuple(name for _, name in sorted(teacher.config.id2label.items()))
+        classes = Classes(len(names), names, _is_regression(teacher.config))
+    made, fresh = with_head(student, task, classes, seed)
+    theirs, own = teacher.backbone.state_dict(), made.backbone.state_dict()
+    with torch.no_grad():
+        for name in fresh:
+            if name in theirs and theirs[name].shape == own[name].shape:
+                own[name].copy_(theirs[name])
+    return made
 
 
 def new_model(task: Task, config: Any) -> Any:

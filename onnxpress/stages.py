@@ -200,6 +200,7 @@ def distill_model(
     """
     from compress.distill import AskTeacher, cached_teacher, distill, running_teacher
     from compress.finetune import objective_of
+    from compress.heads import with_head_of
 
     if (student is None) == (not shape):
         raise ConfigError(
@@ -209,7 +210,10 @@ def distill_model(
     training = training or TrainingChoice()
     with training.place(out, run) as place:
         source = teacher.open()
-        start = student.open() if student else student_of(source, shape, data, run, pack)
+        if student is not None:
+            start = with_head_of(source, student.open(), run.seed)
+        else:
+            start = student_of(source, shape, data, run, pack)
         examples = None
         if generate is not None:
             examples = _generated(source, data, generate, place.kept("generations"), run)

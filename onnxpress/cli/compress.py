@@ -44,7 +44,10 @@ compress_group.add_command(merge_command)
 
 @compress_group.command("distill")
 @click.option("--teacher", required=True, help="The model to learn from.")
-@click.option("--student", help="The model that learns: a directory, pruned or not.")
+@click.option(
+    "--student",
+    help="The model that learns: a directory, pruned or not; without a head it gets the teacher's.",
+)
 @student_options
 @data_options
 @task_option

@@ -10,7 +10,7 @@ import torch
 
 from calib_data.errors import ConfigError, DataError, ModelError
 from calib_data.sources import Examples
-from compress.heads import Classes, classes_of, with_head
+from compress.heads import Classes, classes_of, with_head, with_head_of
 from compress.loading import open_checkpoint
 from compress.tasks import get_task, training_task
 from tests.compress.test_prune import apply_plan, random_plan
@@ -80,6 +80,26 @@ def test_what_fits_comes_back_as_it_is() -> None:
     made, fresh = with_head(source, CLASSIFY, Classes(4), 0, anew=True)
     assert made.config.num_labels == 4
     assert "classifier.weight" in fresh
+
+
+def test_a_student_without_a_head_gets_the_teachers() -> None:
+    teacher, _ = with_head(tiny_checkpoint("bert"), CLASSIFY, Classes(3, ("a", "b", "c")), seed=1)
+    student = tiny_checkpoint("bert", num_hidden_layers=1)
+    made = with_head_of(teacher, student, seed=0)
+    assert made.task == teacher.task
+    assert made.config.id2label == teacher.config.id2label
+    assert made.config.num_hidden_layers == 1
+    heads = [c.module.state_dict() for c in (made, teacher)]
+    assert torch.equal(*(head["classifier.weight"] for head in heads))
+    own = student.module.state_dict()
+    assert torch.equal(
+        own["embeddings.word_embeddings.weight"], heads[0]["bert.embeddings.word_embeddings.weight"]
+    )
+    # of another width it is drawn; a head that is there stays, and so does one that is not asked for
+    narrow = with_head_of(teacher, tiny_checkpoint("bert", hidden_size=16), seed=0)
+    assert narrow.module.classifier.weight.shape == (3, 16)
+    assert with_head_of(teacher, made, seed=0) is made
+    assert with_head_of(student, student, seed=0) is student
 
 
 def test_names_must_be_those_of_the_model() -> None:
