@@ -25,9 +25,7 @@ from compress.histogram import Histogram
 _ZERO = 2.0**-100  # ranges below it are those of zeros: their steps would be no normal float32
 _PER_LEVEL = 8  # values that a histogram needs for each level, for its shape to mean something
 _TRIED = 256  # ranges for the entropy
-_SHARES = 2.0 ** (
-    -torch.arange(41, dtype=torch.float64) / 4
-)  # of the extremes, down to a thousandth
+_OCTAVES = 10  # the least range tried is a thousandth of the largest
 
 
 def choose_range(
@@ -130,11 +128,13 @@ def _by_error(histogram: Histogram, levels: int, symmetric: bool) -> tuple[float
     errors = _Errors(histogram, levels, symmetric)
     low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
     if symmetric:
-        high = max(-low, high)
-    found = errors.best(low, high, _SHARES)
+        low, high = 0.0, max(-low, high)
+    fineness = 2 if low < 0 < high else 24  # one end alone is soon searched
+    steps = torch.arange(-_OCTAVES * fineness, 1, dtype=torch.float64)
+    found = errors.best((low, high), 2.0 ** (steps / fineness), (low, high))
     for fineness in (6, 24, 96):
         near = 2.0 ** (torch.arange(-3, 4, dtype=torch.float64) / fineness)
-        found = errors.best(*found, near, (low, high))
+        found = errors.best(found, near, (low, high))
     return found
 
 
@@ -150,23 +150,17 @@ class _Errors:
         self._below = torch.nn.functional.pad(powers.cumsum(1), (1, 0))  # (3, BINS + 1)
 
     def best(
-        self,
-        low: float,
-        high: float,
-        shares: Tensor,
-        limits: tuple[float, float] | None = None,
+        self, ends: tuple[float, float], shares: Tensor, limits: tuple[float, float]
     ) -> tuple[float, float]:
-        """Return the best of the ranges that are `shares` of low and high, each with each."""
-        limits = limits or (low, high)
-        highs = (high * shares).clamp(max=limits[1])
-        if self._symmetric:
-            lows = -highs
-        else:
-            lows = (low * shares).clamp(min=limits[0]) if low < 0 else torch.zeros(1).double()
-            highs = highs if high > 0 else torch.zeros(1).double()
-            lows, highs = (x.flatten() for x in torch.meshgrid(lows, highs, indexing="ij"))
-        best = int(self.of(lows, highs).argmin())
-        return float(lows[best]), float(highs[best])
+        """Return the best of the ranges whose low and high are any `shares` of those in `ends`."""
+        low, high = (
+            (end * shares).clamp(min=limits[0], max=limits[1]) if end else torch.zeros(1).double()
+            for end in ends
+        )
+        pairs = torch.cartesian_prod(low, high)
+        lows, highs = pairs.unbind(1)
+        errors = self.of(-highs if self._symmetric else lows, highs)
+        return tuple(pairs[int(errors.argmin())].tolist())
 
     def of(self, lows: Tensor, highs: Tensor) -> Tensor:
         """Return the summed squared error of each range, (ranges,), each bin's values at its middle."""

@@ -100,10 +100,10 @@ def test_error_is_as_small_as_a_search_finds_it(kind: str) -> None:
     some = x[:: max(1, len(x) // 3000)] if kind != "outliers" else x
     pairs = sorted(itertools.product(lows, highs), key=lambda pair: squared_error(some, *pair, 256))
     best = min(squared_error(x, *pair, 256) for pair in pairs[:60])
-    assert squared_error(x, *chosen(x, "mse"), 256) <= 1.01 * best
+    assert squared_error(x, *chosen(x, "mse"), 256) <= 1.02 * best
     bound = float(x.abs().max())
     best = min(squared_error(x, -share * bound, share * bound, 255) for share in shares)
-    assert squared_error(x, *chosen(x, "mse", symmetric=True), 255) <= 1.01 * best
+    assert squared_error(x, *chosen(x, "mse", symmetric=True), 255) <= 1.02 * best
 
 
 def test_error_cuts_off_what_is_rare_where_levels_are_few() -> None:
