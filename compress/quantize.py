@@ -67,17 +67,19 @@ def quantize(
     before, after = (_bytes(c.backbone) for c in (checkpoint, quantized))
     report = {"modules": list(prepared.names), "bytes_before": before, "bytes_after": after}
     metrics: dict[str, Any] = {"bytes_before": before, "bytes_after": after}
-    data = {}
+    seen: dict[str, Any] = {}
     if prepared.calibration is not None:
-        data = {"data": prepared.calibration.fingerprint}
+        seen["data"] = prepared.calibration.fingerprint
         metrics["calibration_samples"] = prepared.calibration.samples
+        if config.ranges is not None:
+            seen["ranges"] = prepared.calibration.ranges(config)
     return StageResult(
         quantized.with_stage(
             "quantize",
             settings=config.to_json(),
             parent=weights_sha256(checkpoint.backbone),
             metrics=metrics,
-            **data,
+            **seen,
         ),
         report,
     )
@@ -115,7 +117,21 @@ def prepare(
         progress=progress,
         state=state,
     )
+    _check_seen(calibration, config)
     return Prepared(checkpoint, names, calibration)
+
+
+def _check_seen(calibration: Calibration, config: QuantizeConfig) -> None:
+    """Raise where calibration did not see what the settings need, naming the layer."""
+    if calibration.unseen:
+        first, *others = calibration.unseen
+        more = f" and {len(others)} more" if others else ""
+        raise ModelError(
+            f"{first}{more} never ran during calibration; give data that reaches it, or leave it in "
+            f"float with --skip {first}"
+        )
+    if config.ranges is not None:
+        calibration.ranges(config)
 
 
 def quantize_only(
