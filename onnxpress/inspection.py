@@ -30,7 +30,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """Return the scheme, its settings, what stayed float, and what calibrated; None for a float model."""
+    """Return scheme, settings, what stayed float and what calibrated; None for a float model."""
     if not checkpoint.quantization:
         return None
     stages = [stage for stage in checkpoint.lineage if stage["stage"] == "quantize"]

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from compress.quantize_config import QuantizeConfig
 
 
+_ROUNDING = 1e-5  # a drift that floats make by themselves
+
+
 def scheme_options(command: Command) -> Command:
     """Add how to quantize; the command takes `config`."""
 
@@ -186,7 +189,9 @@ def _drift_line(result: dict[str, Any]) -> str:
     """Tell how far a row depends on its batch; what could not be measured is left out."""
     named = {"batch_drift": "the batch's other rows", "padding_drift": "padding"}
     told = [
-        f"{result[name]:.1%} with {what}" if result[name] >= 0.0005 else f"nothing with {what}"
+        f"{100 * result[name]:.2g} % with {what}"
+        if result[name] > _ROUNDING
+        else f"nothing with {what}"
         for name, what in named.items()
         if name in result
     ]
