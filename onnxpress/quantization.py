@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from calib_data.batches import Batches
     from compress.checkpoint import Checkpoint, StageResult
     from compress.mixture import Mixture
+    from compress.quantize import Prepared
     from compress.quantize_config import QuantizeConfig
     from compress.sensitivity import Cost
     from onnxpress.judge import Judge
@@ -72,32 +73,38 @@ def calibration_state(out: Path, run: "Run") -> Iterator[Path]:
 
     Raises `DestinationError` for one that a run left, without leave to go on from it or to replace it.
     """
-    from compress.files import destination_errors
-
     path = out.with_name(f"{out.name}.calibration")
-    with destination_errors(path):
-        if _left(path) and not run.resume:
-            if not run.overwrite:
-                raise DestinationError(
-                    f"{path} holds an unfinished calibration; go on with --resume, or start anew "
-                    "with --overwrite"
-                )
-            _remove(path)
-        yield path
-        _remove(path)
+    if path.exists() and not run.resume:
+        if not run.overwrite:
+            raise DestinationError(
+                f"{path} holds an unfinished calibration; go on with --resume, or start anew with "
+                "--overwrite"
+            )
+        shutil.rmtree(path)
+    yield path / "inputs"
+    shutil.rmtree(path, ignore_errors=True)
 
 
-def _left(path: Path) -> list[Path]:
-    # a scheme may keep more than one beside the first
-    return sorted(path.parent.glob(f"{path.name}*")) if path.parent.is_dir() else []
+def _prepared(
+    checkpoint: "Checkpoint",
+    config: "QuantizeConfig",
+    choice: QuantizeChoice,
+    state: Path,
+    run: "Run",
+) -> "Prepared":
+    """Return the checkpoint calibrated; a state of another run is replaced where that is allowed."""
+    from compress.quantize import prepare
 
-
-def _remove(path: Path) -> None:
-    for left in _left(path):
-        if left.is_dir():
-            shutil.rmtree(left)
-        else:
-            left.unlink()
+    calibrates = choice.data if config.needs_data else None
+    batches = _batches(checkpoint, calibrates, run.seed) if calibrates else None
+    with run.progress("calibrate", None) as advance:
+        try:
+            return prepare(checkpoint, config, batches, advance, state)
+        except ConfigError:
+            if not (run.overwrite and state.parent.exists()):
+                raise
+            shutil.rmtree(state.parent)
+            return prepare(checkpoint, config, batches, advance, state)
 
 
 def quantize_within(
@@ -110,13 +117,10 @@ def quantize_within(
     """Quantize a checkpoint, as much of it as the budget lets; report what it costs and what drifts."""
     from compress.invariance import drift
     from compress.mixture import Mixture
-    from compress.quantize import as_result, prepare, quantize_only
+    from compress.quantize import as_result, quantize_only
 
     judge = _judge(checkpoint, choice.budget)
-    with run.progress("calibrate", None) as advance:
-        calibrates = choice.data if config.needs_data else None
-        batches = _batches(checkpoint, calibrates, run.seed) if calibrates else None
-        prepared = prepare(checkpoint, config, batches, advance, state)
+    prepared = _prepared(checkpoint, config, choice, state, run)
     with run.progress("quantize", len(prepared.names)) as advance:
         mixture = Mixture(prepared, config, advance)
     found: dict[str, Any] = {}

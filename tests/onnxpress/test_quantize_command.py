@@ -4,6 +4,7 @@ import itertools
 import json
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 
 from calib_data.errors import BudgetError, ConfigError
@@ -271,14 +272,22 @@ def test_a_calibration_that_was_left_is_gone_on_with_or_replaced(
 # --- where it runs ------------------------------------------------------------------------------
 
 
-def test_weight_only_for_cuda_is_exported_in_half_precision(place: Path, tmp_path: Path) -> None:
-    quantize(place, "decoder", tmp_path / "four", *SCHEMES["weight-only"], "--target", "cuda")
+@pytest.mark.parametrize("model", ["classifier", pytest.param("decoder", marks=pytest.mark.slow)])
+def test_weight_only_for_cuda_is_exported_in_half_precision(
+    model: str, place: Path, tmp_path: Path
+) -> None:
+    quantize(place, model, tmp_path / "four", *SCHEMES["weight-only"], "--target", "cuda")
     assert lineage(tmp_path / "four")["settings"]["target"] == "cuda"
     done = must(
         "export", "onnx", tmp_path / "four", "--target", "cuda", "--dtype", "fp16",
         "-o", tmp_path / "onnx",
     )  # fmt: skip
     assert done["parity"]["passed"]
+    graph = ir.load(tmp_path / "onnx" / "model.onnx").graph
+    products = [node for node in graph if node.op_type == "MatMulNBits"]
+    assert products
+    for node in products:
+        assert node.inputs[2].const_value.dtype == ir.DataType.FLOAT16  # the scales
 
 
 def test_int8_is_not_exported_for_cuda(place: Path, tmp_path: Path) -> None:
