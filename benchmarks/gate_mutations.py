@@ -30,8 +30,8 @@ from compress.checkpoint import Checkpoint
 from compress.quantize import QuantizeConfig, dequantized, quantize
 from compress.signature import named_outputs, transformer_signature
 from compress.tasks import get_task
+from compress.tokens import tokens_of
 from compress.versions import versions
-from export.cases import tokens_of
 from export.graph import ExportConfig, build_graph
 from export.linearize import linearized
 from export.parity import check_graphs

@@ -41,6 +41,12 @@ class ProviderError(OnnxPressError):
     exit_code = 5
 
 
+class BudgetError(OnnxPressError):
+    """A quantized model is worse than it may be; the best one found was written."""
+
+    exit_code = 6
+
+
 class DestinationError(OnnxPressError):
     """The result cannot be written: it exists already, or the place is full or read-only."""
 

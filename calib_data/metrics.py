@@ -241,6 +241,11 @@ class Metric:
     output: str = ""  # what the main output of the task must be; empty: anything
     reference: bool = False
 
+    @property
+    def scale(self) -> float:
+        """What a perfect model is given."""
+        return 100.0 if self.unit else 1.0
+
     def suits(self, task: str) -> bool:
         """Return whether the metric makes sense for a task."""
         return task in (self.tasks or (task,)) and self.output in ("", main_output(task))
@@ -265,6 +270,17 @@ METRICS = {
     ),
     "agreement": Metric(lambda case: case.compare(agreement), "%", output="logits", reference=True),
 }
+
+
+def drop(before: Measured, after: Measured) -> float:
+    """Return how much worse `after` is than `before`, as a share; below 0 where it is better.
+
+    Where more is better it is a share of the metric's scale: 0.005 are 0.5 of 100 points, or 0.005 of a
+    cosine. Perplexity has no scale: there 0.005 is half a percent more, a loss 0.005 nats higher.
+    """
+    if before.higher_is_better:
+        return (before.value - after.value) / METRICS[before.name].scale
+    return after.value / before.value - 1
 
 
 def main_output(task: str) -> str:

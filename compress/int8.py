@@ -127,8 +127,8 @@ class Int8Embedding(nn.Module):
         self.weight, self.scale = quantize_per_channel(weight, axis=0)
 
     def dequantize(self) -> Tensor:
-        """Return the float32 table (rows, width) that the module stands for."""
-        return self.weight.float() * self.scale.unsqueeze(1)
+        """Return the table (rows, width) that the module stands for, in the scales' precision."""
+        return self.weight.to(self.scale.dtype) * self.scale.unsqueeze(1)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Map ids (...) to vectors (..., width), float32."""

@@ -19,6 +19,7 @@ from compress.blocks import features
 from compress.calibration import Calibration, CalibrationData, InputStats, calibrate
 from compress.checkpoint import Checkpoint, StageResult, weights_sha256
 from compress.int8 import DynamicInt8Linear, Int8Embedding
+from compress.patterns import check_pattern
 from compress.quantize_config import SCHEME_SETTINGS, QuantizeConfig
 from compress.static_int8 import StaticInt8Linear
 from compress.weight_only import WeightOnlyLinear
@@ -64,9 +65,20 @@ def quantize(
     """
     prepared = prepare(checkpoint, config, batches, progress, state)
     quantized = quantize_only(prepared, prepared.names, config, progress)
-    before, after = (_bytes(c.backbone) for c in (checkpoint, quantized))
-    report = {"modules": list(prepared.names), "bytes_before": before, "bytes_after": after}
-    metrics: dict[str, Any] = {"bytes_before": before, "bytes_after": after}
+    return as_result(checkpoint, prepared, quantized, config)
+
+
+def as_result(
+    source: Checkpoint,
+    prepared: Prepared,
+    quantized: Checkpoint,
+    config: QuantizeConfig,
+    **found: Any,
+) -> StageResult:
+    """Return what `source` became as the stage's result; `found` joins the metrics of its lineage."""
+    before, after = (_bytes(c.backbone) for c in (source, quantized))
+    metrics: dict[str, Any] = {"bytes_before": before, "bytes_after": after, **found}
+    report = {**metrics, "modules": list((quantized.quantization or {})["modules"])}
     seen: dict[str, Any] = {}
     if prepared.calibration is not None:
         seen["data"] = prepared.calibration.fingerprint
@@ -77,7 +89,7 @@ def quantize(
         quantized.with_stage(
             "quantize",
             settings=config.to_json(),
-            parent=weights_sha256(checkpoint.backbone),
+            parent=weights_sha256(source.backbone),
             metrics=metrics,
             **seen,
         ),
@@ -186,14 +198,20 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
     return copied
 
 
+def float_layers(checkpoint: Checkpoint) -> list[str]:
+    """Return the names of the layers and tables of a kind that can be quantized, and are not."""
+    return [name for name, module in checkpoint.backbone.named_modules() if _replaceable(module)]
+
+
 def _quantizable(checkpoint: Checkpoint, skip: tuple[str, ...]) -> list[str]:
+    every = float_layers(checkpoint)
+    for pattern in skip:
+        check_pattern("--skip", pattern, every)
     called = _called(checkpoint)
     return [
         name
-        for name, module in checkpoint.backbone.named_modules()
-        if _replaceable(module)
-        and name in called
-        and not any(fnmatch.fnmatch(name, pattern) for pattern in skip)
+        for name in every
+        if name in called and not any(fnmatch.fnmatch(name, pattern) for pattern in skip)
     ]
 
 

@@ -18,6 +18,12 @@ SCHEME_SETTINGS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "weight-only": {"bits": (4, 8), "block_size": (32, 16, 64, 128, 256)},
 }
 ROUNDINGS = ("nearest", "gptq")
+# what a graph is shaped for → the schemes that are of use there
+TARGET_SCHEMES: Mapping[str, tuple[str, ...]] = {
+    "cpu": tuple(SCHEME_SETTINGS),
+    "portable": tuple(SCHEME_SETTINGS),
+    "cuda": ("weight-only",),
+}
 
 
 @dataclass(frozen=True)
@@ -36,9 +42,12 @@ class QuantizeConfig(StageConfig):
     smooth: float = 0.0  # how much of the activations' outliers moves into the weights, 0 to 1
     bias_correction: bool = False  # take the mean error of a layer's weights out of its bias
     rounding: str = "nearest"  # or gptq: each weight makes up for the errors of those before it
+    target: str = "cpu"  # where it is to run, which not every scheme can: cpu, cuda or portable
 
     def __post_init__(self) -> None:
         one_of("--scheme", self.scheme, tuple(SCHEME_SETTINGS))
+        one_of("--target", self.target, tuple(TARGET_SCHEMES))
+        check_target(self.scheme, self.target)
         every = dict.fromkeys(name for names in SCHEME_SETTINGS.values() for name in names)
         own = SCHEME_SETTINGS[self.scheme]
         for name in every:
@@ -60,3 +69,14 @@ class QuantizeConfig(StageConfig):
         """Whether activations must be seen to quantize so."""
         learns = self.smooth > 0 or self.bias_correction or self.rounding != "nearest"
         return self.scheme == "static" or learns
+
+
+def check_target(scheme: str, target: str) -> None:
+    """Raise `ConfigError`, with what to do instead, for a scheme that `target` cannot run fast."""
+    require(
+        scheme in TARGET_SCHEMES[target],
+        f"the scheme {scheme} cannot be fast with --target {target}: its execution provider has no "
+        "DynamicQuantizeLinear, MatMulInteger or QLinearMatMul, which fall back to the CPU node by "
+        "node. Quantize with --scheme weight-only and export with --target cuda --dtype fp16, or "
+        "choose --target cpu",
+    )

@@ -1,15 +1,14 @@
 """What a graph is tried on: inputs of many shapes, and which numbers of its outputs matter."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from calib_data.embedded import pydoc_sentences
 from compress.checkpoint import Checkpoint, parameter_count
 from compress.signature import positions_from
+from compress.tokens import typed
 
 LONGEST = 512  # for models without a limit
 MOST = 4096  # tokens of one row: beyond, the reference alone would fill a machine
@@ -32,7 +31,7 @@ def parity_cases(
     signature = part.signature
     if not signature.has_sequence:
         for seed, batch in enumerate(_BATCHES):
-            yield f"batch {batch}", _typed(part, signature.sample(batch, seed=seed))
+            yield f"batch {batch}", typed(part, signature.sample(batch, seed=seed))
         return
     longest = longest_case(part)
     shapes = [(1, longest, 0)]
@@ -50,21 +49,15 @@ def parity_cases(
         name = f"batch {batch} × {sequence}" + (f" after {past}" if past else "")
         ragged = batch > 1 and past + sequence > 1
         sample = signature.sample(batch, sequence, seed=seed, ragged=ragged, past=past)
-        yield f"{name}{', ragged' if ragged else ''}", _typed(part, sample)
+        yield f"{name}{', ragged' if ragged else ''}", typed(part, sample)
     texts = _real_text(part, min(_TEXT_TOKENS, longest))
     if texts:
-        yield "real text", _typed(part, texts)
+        yield "real text", typed(part, texts)
 
 
 def longest_case(part: Checkpoint) -> int:
     """Return how many tokens the longest case has."""
     return min(part.signature.longest or LONGEST, MOST)
-
-
-def _typed(part: Checkpoint, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the inputs in the dtypes of the signature: half-precision models take no float32."""
-    kinds = {item.name: getattr(torch, item.dtype) for item in part.signature.inputs}
-    return {name: value.to(kinds[name]) for name, value in inputs.items()}
 
 
 def _real_text(part: Checkpoint, longest: int) -> dict[str, Tensor] | None:
@@ -104,65 +97,6 @@ def _left_padded(part: Checkpoint, rows: list[list[int]]) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-# --- which numbers matter -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Which axis of each output runs along the tokens, and which input says what tokens are real.
-
-    What a model gives for padding is nobody's concern, and graphs may differ there.
-    """
-
-    mask: str | None
-    axes: Mapping[str, int]
-
-    def real(self, output: str, array: np.ndarray, case: Mapping[str, Tensor]) -> np.ndarray:
-        """Return the part of an output that belongs to real tokens, the tokens along axis 0."""
-        axis = self.axes.get(output)
-        if self.mask is None or axis is None or array.ndim <= axis:
-            return array
-        mask = case[self.mask].bool().numpy()[:, -array.shape[axis] :]
-        if mask.all() or mask.shape != (array.shape[0], array.shape[axis]):
-            return array
-        return np.moveaxis(array, axis, 1)[mask]
-
-    def row(
-        self, output: str, array: np.ndarray, case: Mapping[str, Tensor], row: int
-    ) -> np.ndarray:
-        """Return what `array` would be if the case held this row alone, without its padding."""
-        if array.ndim == 0:
-            return array
-        axis = self.axes.get(output)
-        kept = array[row : row + 1]
-        if self.mask is None or axis is None:
-            return kept
-        mask = case[self.mask].bool().numpy()[row, -array.shape[axis] :]
-        return np.compress(mask, kept, axis=axis)
-
-
-def tokens_of(part: Checkpoint) -> Tokens:
-    """Return which outputs have a token axis: the one that grows with the sequence."""
-    axes = [name for item in part.signature.inputs for _, name in item.axes]
-    masks = [
-        item.name
-        for item in part.signature.inputs
-        if item.kind == "mask" and {"sequence", "total_sequence"} & set(dict(item.axes).values())
-    ]
-    if not masks or "decoder_sequence" in axes:
-        return Tokens(None, {})
-    short, long = (
-        part.predict(_typed(part, part.signature.sample(2, sequence))) for sequence in (3, 4)
-    )
-    found = {
-        name: axis
-        for name in part.signature.outputs
-        for axis in range(1, short[name].ndim)
-        if (short[name].shape[axis], long[name].shape[axis]) == (3, 4)
-    }
-    return Tokens(masks[0], found)
-
-
 def padded_row(
     cases: Mapping[str, Mapping[str, Tensor]], part: Checkpoint
 ) -> tuple[str, int] | None:
@@ -176,23 +110,3 @@ def padded_row(
         if not any(case[past].shape[2] for past in pasts):
             return name, int(mask.sum(dim=1).argmin())
     return None
-
-
-def row_alone(case: Mapping[str, Tensor], part: Checkpoint, row: int) -> dict[str, Tensor]:
-    """Return one row of a case without its padding, along every axis that a mask covers."""
-    kept: dict[str, Tensor] = {}
-    for item in part.signature.inputs:
-        if item.kind == "mask":
-            kept[dict(item.axes)[1]] = case[item.name][row].nonzero().flatten()
-    if "total_sequence" in kept:  # without a past, which is where this is used
-        kept.setdefault("sequence", kept["total_sequence"])
-    alone = {}
-    for item in part.signature.inputs:
-        value = case[item.name]
-        for axis, name in item.axes:
-            if name == "batch":
-                value = value[row : row + 1] if axis == 0 else value
-            elif name in kept:
-                value = value.index_select(axis, kept[name])
-        alone[item.name] = value.contiguous()
-    return alone

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from calib_data.errors import ExportError
 from compress.checkpoint import Checkpoint
 from compress.config import StageConfig, one_of, require
+from compress.quantize_config import check_target
 from compress.signature import Signature, named_outputs
 from export.cached_seq2seq import branch_on_cache_
 from export.decoding import IN_PLACE
@@ -68,8 +69,11 @@ class _Positional(nn.Module):
 def build_graph(checkpoint: Checkpoint, config: ExportConfig) -> ir.Model:
     """Return the checkpoint as an ONNX graph with dynamic axes, shaped for the target.
 
-    Raises `ExportError` with PyTorch's own reason where tracing or translation fails.
+    Raises `ConfigError` for a quantized one of a scheme that the target cannot run fast, `ExportError`
+    with PyTorch's own reason where tracing or translation fails.
     """
+    if checkpoint.quantization:
+        check_target(checkpoint.quantization["scheme"], config.target)
     signature = checkpoint.signature
     sample = signature.sample(
         batch=2,

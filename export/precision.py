@@ -14,18 +14,24 @@ from torch import nn
 from calib_data.errors import ConfigError
 from compress.checkpoint import Checkpoint
 
+WEIGHT_ONLY = "weight-only"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def in_precision(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
     """Return `checkpoint` with weights and float inputs in `dtype`, a row of `DTYPES`.
 
-    Raises `ConfigError` for a quantized checkpoint, which has a precision of its own.
+    Block-wise weights keep their bits, and their scales are in `dtype`. Raises `ConfigError` for another
+    quantized checkpoint, whose products have a precision of their own.
     """
     if dtype == "fp32":
         return checkpoint
-    if checkpoint.quantization:
-        raise ConfigError(f"--dtype {dtype} is for float models, and this one is quantized")
+    scheme = (checkpoint.quantization or {}).get("scheme", WEIGHT_ONLY)
+    if scheme != WEIGHT_ONLY:
+        raise ConfigError(
+            f"--dtype {dtype} is for float models and those quantized with --scheme {WEIGHT_ONLY}; "
+            f"this one is quantized with {scheme}, which takes its activations in float32"
+        )
     return typed(replace(checkpoint, module=copy.deepcopy(checkpoint.module).to(DTYPES[dtype])))
 
 

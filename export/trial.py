@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from compress.checkpoint import Checkpoint
 from compress.quantize import dequantized
 from compress.signature import named_outputs
-from export.cases import Tokens, padded_row, row_alone, tokens_of
+from compress.tokens import Tokens, row_alone, tokens_of
+from export.cases import padded_row
 from export.precision import precision
 from export.sessions import run
 from export.tolerance import FLOAT, HALF, Errors, Expected, errors

@@ -5,6 +5,7 @@ from typing import Any
 from calib_data.errors import ModelError
 from compress.blocks import find_groups
 from compress.checkpoint import Checkpoint, parameter_count, weights_of
+from compress.quantize import float_layers
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -21,9 +22,32 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "outputs": list(checkpoint.signature.outputs),
         "max_length": checkpoint.max_length,
         "int8_modules": len((checkpoint.quantization or {}).get("modules", ())),
+        "quantization": _quantization(checkpoint),
         "adapter": (checkpoint.adapters or {}).get("method"),
         "layers": _layers(checkpoint),
         "lineage": [dict(stage) for stage in checkpoint.lineage],
+    }
+
+
+def _quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """Return scheme, settings, what stayed float and what calibrated; None for a float model."""
+    if not checkpoint.quantization:
+        return None
+    stages = [stage for stage in checkpoint.lineage if stage["stage"] == "quantize"]
+    stage = stages[-1] if stages else {}
+    metrics = stage.get("metrics") or {}
+    layout = {k: v for k, v in checkpoint.quantization.items() if k not in ("scheme", "modules")}
+    settings = {k: v for k, v in (stage.get("settings") or {}).items() if k != "scheme"}
+    return {
+        "scheme": checkpoint.quantization["scheme"],
+        "settings": {**settings, **layout},
+        "modules": list(checkpoint.quantization.get("modules") or ()),
+        "float": float_layers(checkpoint),
+        "kept_float": list(metrics.get("kept_float", ())),  # for the sake of a budget
+        "calibration": stage.get("data"),
+        "calibration_samples": metrics.get("calibration_samples"),
+        "batch_drift": metrics.get("batch_drift"),
+        "padding_drift": metrics.get("padding_drift"),
     }
 
 

@@ -18,6 +18,7 @@ from calib_data.errors import ConfigError, DestinationError
 from compress.files import destination_errors, sha256_directory, sha256_file, write_json
 from compress.train_log import LOG
 from onnxpress import stages
+from onnxpress.quantization import LIMIT, Budget, QuantizeChoice, require_budget
 from onnxpress.stages import DataChoice, ModelChoice, ReportChoice, Run, StartChoice
 from onnxpress.training import TrainingChoice
 
@@ -324,9 +325,25 @@ def _prune(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) -> 
 def _quantize(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) -> dict[str, Any]:
     from compress.quantize_config import QuantizeConfig
 
-    _check_settings(settings, _names(QuantizeConfig))
+    own = {"data", "eval", "eval_columns", "metric", "max_drop"}
+    _check_settings(settings, own, _names(DataChoice) - {"spec"}, _names(QuantizeConfig))
     config = QuantizeConfig.from_json(_take(settings, QuantizeConfig))
-    return stages.quantize_model(ModelChoice(settings["from"]), config, out, run)
+    read = {"limit": LIMIT, **_take(settings, DataChoice)}
+    data = DataChoice(spec=settings["data"], **read) if "data" in settings else None
+    choice = QuantizeChoice(data, _budget(settings))
+    result = stages.quantize_model(ModelChoice(settings["from"]), config, out, run, choice)
+    require_budget(result)
+    return result
+
+
+def _budget(settings: Mapping[str, Any]) -> Budget | None:
+    if ("max_drop" in settings) != ("eval" in settings):
+        raise ConfigError("`max_drop` and `eval` go together; name both or none")
+    if "max_drop" not in settings:
+        return None
+    read = _take(settings, DataChoice) | {"limit": None, "columns": settings.get("eval_columns")}
+    held_out = DataChoice(**{**read, "spec": settings["eval"]})
+    return Budget(settings["max_drop"], held_out, settings.get("metric"))
 
 
 def _export(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calib_data.errors import ConfigError
+from onnxpress.quantization import QuantizeChoice, calibration_state, quantize_within
 from onnxpress.training import TrainingChoice, told
 
 if TYPE_CHECKING:
@@ -290,21 +291,21 @@ def quantize_model(
     config: "QuantizeConfig",
     out: Path,
     run: Run,
-    data: DataChoice | None = None,
+    choice: QuantizeChoice | None = None,
 ) -> dict[str, Any]:
-    """Quantize a model and write it; `data` calibrates it, where the settings need that."""
+    """Quantize a model and write it, the best there is even where a budget is missed."""
     from compress.checkpoint import save_checkpoint
     from compress.files import staged_directory
-    from compress.quantize import quantize
 
-    with staged_directory(out, run.overwrite) as staging:
-        checkpoint = model.open()
-        batches = data.batches(checkpoint, run.seed, shuffle=False) if data else None
-        with run.progress("quantize", None) as advance:
-            result = quantize(checkpoint, config, batches, advance)
+    choice = choice or QuantizeChoice()
+    choice.check(config, run.overwrite)
+    with (
+        staged_directory(out, run.overwrite) as staging,
+        calibration_state(out, run) as state,
+    ):
+        result = quantize_within(model.open(), config, choice, state, run)
         save_checkpoint(result.checkpoint, staging)
-    report = {k: v for k, v in result.report.items() if k != "modules"}
-    report["modules"] = len(result.report["modules"])
+    report = {**result.report, "modules": len(result.report["modules"])}
     return {"stage": "quantize", "path": str(out), **report}
 
 

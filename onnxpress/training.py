@@ -2,19 +2,15 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calib_data.errors import DataError
+from onnxpress.judge import Judge, judge_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from calib_data.batches import Predict
-    from calib_data.sources import Examples
     from compress.checkpoint import Checkpoint
     from compress.training import TrainRun
     from onnxpress.stages import Run
@@ -43,18 +39,6 @@ class Place:
         workspace = self.train_run.workspace
         if workspace is not None and workspace.log.is_file():
             shutil.copyfile(workspace.log, self.staging / LOG)
-
-
-@dataclass(frozen=True)
-class Judge:
-    """A metric on data held out, as a figure that is higher the better; and its name."""
-
-    metric: str
-    measure: Callable[["Checkpoint"], float]
-
-    def __call__(self, checkpoint: "Checkpoint") -> float:
-        """Return the figure; a metric of which less is better comes with a minus."""
-        return self.measure(checkpoint)
 
 
 @dataclass(frozen=True)
@@ -92,53 +76,17 @@ class TrainingChoice:
     def judge(self, reference: "Checkpoint", max_length: int | None) -> Judge | None:
         """Return what judges a student of `reference`, or None where no data is named.
 
-        The metric is the first that the data's columns and the task allow: one of labels or scores
-        if there are some, otherwise how near the student comes to the reference.
+        The metric is the first that the data's columns and the task allow.
         """
-        from calib_data.metrics import default_metrics, measure_metric
         from calib_data.sources import open_data
-        from onnxpress.stages import with_labels_of
 
         if self.eval is None:
             return None
-        examples: Examples = with_labels_of(reference, open_data(self.eval, self.eval_columns))
-        fitting = default_metrics(reference.task, examples.roles, True)
-        if not fitting:
-            raise DataError(f"no metric fits {reference.task} and {self.eval}; use other data")
-        expected = _remembered(reference)
-
-        def measure(checkpoint: "Checkpoint") -> float:
-            found = measure_metric(
-                fitting[0],
-                _predict(checkpoint),
-                examples,
-                checkpoint.processor,
-                task=checkpoint.task,
-                max_length=max_length,
-                reference=expected,
-            )
-            return found.value if found.higher_is_better else -found.value
-
-        return Judge(fitting[0], measure)
+        examples = open_data(self.eval, self.eval_columns)
+        return judge_of(reference, examples, max_length=max_length)
 
 
 def told(report: Mapping[str, Any], judge: Judge | None) -> dict[str, Any]:
     """Return what a command tells of a training report: no curves, which the log holds."""
     short = {k: v for k, v in report.items() if k not in ("losses", "curve")}
     return short if judge is None else {**short, "metric": judge.metric}
-
-
-def _predict(checkpoint: "Checkpoint") -> "Predict":
-    """Return the checkpoint's answers, wherever its weights are at the moment."""
-
-    def predict(batch: "Mapping[str, Tensor]") -> Any:
-        device = next(checkpoint.module.parameters()).device
-        return checkpoint.predict({name: value.to(device) for name, value in batch.items()})
-
-    return predict
-
-
-def _remembered(checkpoint: "Checkpoint") -> "Predict":
-    from benchmarks.measure import Remembered
-
-    return Remembered(_predict(checkpoint))

@@ -18,6 +18,7 @@ from onnxpress.cli.options import (
     task_option,
     trust_option,
 )
+from onnxpress.cli.quantization import quantize_command
 from onnxpress.cli.training import training_options
 from onnxpress.stages import (
     DataChoice,
@@ -25,7 +26,6 @@ from onnxpress.stages import (
     Run,
     distill_model,
     prune_model,
-    quantize_model,
 )
 from onnxpress.training import TrainingChoice
 
@@ -40,6 +40,7 @@ def compress_group() -> None:
 
 compress_group.add_command(finetune_command)
 compress_group.add_command(merge_command)
+compress_group.add_command(quantize_command)
 
 
 @compress_group.command("distill")
@@ -140,44 +141,6 @@ def prune_command(
     )
 
 
-@compress_group.command("quantize")
-@model_argument
-@click.option(
-    "--scheme", type=click.Choice(["dynamic", "weight-only"]), default="dynamic", show_default=True,
-    help="dynamic: int8 weights per channel, uint8 activations at run time. "
-    "weight-only: weights of few bits, block by block.",
-)  # fmt: skip
-@click.option("--bits", type=int, help="weight-only: 4 (default) or 8 bits a weight.")
-@click.option(
-    "--block-size", type=int, help="weight-only: weights that share a scale, 16 to 256; default 32."
-)
-@click.option("--skip", multiple=True, help="Pattern of module names that stay float.")
-@out_option
-@common
-def quantize_command(
-    model: ModelChoice,
-    scheme: str,
-    bits: int | None,
-    block_size: int | None,
-    skip: tuple[str, ...],
-    out: Path,
-    run: Run,
-    output: Output,
-) -> None:
-    """Turn linear layers and embedding tables into small ones."""
-    from compress.quantize_config import QuantizeConfig
-
-    config = QuantizeConfig(scheme, skip, bits, block_size)
-    result = quantize_model(model, config, out, run)
-    output.show(
-        result,
-        lambda r: (
-            f"{r['path']}: {r['modules']} modules quantized, "
-            f"{r['bytes_before'] / 1e6:.1f} → {r['bytes_after'] / 1e6:.1f} MB of weights"
-        ),
-    )
-
-
 @compress_group.command("inspect")
 @model_argument
 @common
@@ -196,7 +159,7 @@ def _inspect_text(found: dict[str, Any]) -> str:
         f"inputs      {', '.join(found['inputs'])}",
         f"outputs     {', '.join(found['outputs'])}",
         f"max length  {found['max_length'] or 'no limit'}",
-        f"quantized   {found['int8_modules']} modules",
+        *_quantization_lines(found["quantization"]),
         *([f"adapter     {found['adapter']}, not merged"] if found["adapter"] else []),
         *_layer_lines(found["layers"]),
     ]
@@ -204,6 +167,27 @@ def _inspect_text(found: dict[str, Any]) -> str:
         settings = ", ".join(f"{k}={v}" for k, v in (stage.get("settings") or {}).items())
         lines.append(f"stage       {stage['stage']} {settings or stage.get('model', '')}")
     return "\n".join(lines)
+
+
+def _quantization_lines(found: dict[str, Any] | None) -> list[str]:
+    if found is None:
+        return ["quantized   no"]
+    settings = {k: v for k, v in found["settings"].items() if v not in (None, [], False)}
+    lines = [
+        f"quantized   {found['scheme']}, {len(found['modules'])} modules",
+        f"settings    {', '.join(f'{k}={v}' for k, v in settings.items())}",
+    ]
+    if found["calibration"]:
+        samples = (
+            f", {found['calibration_samples']} samples" if found["calibration_samples"] else ""
+        )
+        lines.append(f"calibrated  on {found['calibration'][:12]}{samples}")
+    kept = set(found["kept_float"])
+    lines += [
+        f"float       {name}{', for the sake of --max-drop' if name in kept else ''}"
+        for name in found["float"]
+    ]
+    return lines
 
 
 def _layer_lines(layers: dict[str, Any]) -> list[str]:

@@ -114,16 +114,17 @@ pack_option = click.option(
 )
 
 
+DATA_HELP = (
+    "train.jsonl, dev.csv, pairs.tsv, x.parquet, lines.txt, train.de+train.en, images.npz, "
+    "whole:FILE[:train|:test], hf:NAME[/CONFIG]:SPLIT, pydoc[:train|:test] or "
+    "digits[:train|:test]; or the texts of several, joined by commas."
+)
+
+
 def data_options(command: Command) -> Command:
     """Add --data and how it is read; the command takes `data`."""
 
-    @click.option(
-        "--data",
-        required=True,
-        help="train.jsonl, dev.csv, pairs.tsv, x.parquet, lines.txt, train.de+train.en, images.npz, "
-        "whole:FILE[:train|:test], hf:NAME[/CONFIG]:SPLIT, pydoc[:train|:test] or "
-        "digits[:train|:test]; or the texts of several, joined by commas.",
-    )
+    @click.option("--data", required=True, help=DATA_HELP)
     @columns_option
     @click.option("--limit", type=int, help="Use at most this many examples, chosen by the seed.")
     @click.option("--batch-size", type=int, default=32, show_default=True)

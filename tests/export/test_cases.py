@@ -6,8 +6,9 @@ import torch
 
 from compress.checkpoint import Checkpoint
 from compress.signature import Signature
+from compress.tokens import row_alone, tokens_of
 from export import cases
-from export.cases import padded_row, parity_cases, row_alone, tokens_of
+from export.cases import padded_row, parity_cases
 from export.parts import parts
 from tests.export.graphs import checkpoint_of
 
