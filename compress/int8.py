@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from compress.calibration import InputStats
 from compress.quantize_config import QuantizeConfig
+from compress.rounding import corrected_bias, gptq, learned_moment
 
 
 def quantize_per_channel(weight: Tensor, axis: int) -> tuple[Tensor, Tensor]:
@@ -87,11 +88,12 @@ class DynamicInt8Linear(nn.Module):
         stats: InputStats | None = None,
     ) -> None:
         """Hold the float `weight` (out, in) in int8, and `bias` (out,)."""
-        del config, stats
         values, self.scale = quantize_per_channel(weight.t(), axis=1)
+        moment = learned_moment(config, stats)
+        if moment is not None:
+            values = gptq(weight.t(), self.scale, -127, 127, moment).to(torch.int8)
         self.weight = values.contiguous()
-        if bias is not None:
-            self.bias = bias
+        self.bias = corrected_bias(bias, weight, self.dequantize(), config, stats)
 
     def dequantize(self) -> Tensor:
         """Return the float32 weight (out, in) that the module stands for."""

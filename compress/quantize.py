@@ -21,6 +21,7 @@ from compress.checkpoint import Checkpoint, StageResult, weights_sha256
 from compress.int8 import DynamicInt8Linear, Int8Embedding
 from compress.patterns import check_pattern
 from compress.quantize_config import SCHEME_SETTINGS, QuantizeConfig
+from compress.smoothing import smoothed
 from compress.static_int8 import StaticInt8Linear
 from compress.weight_only import WeightOnlyLinear
 
@@ -120,16 +121,22 @@ def prepare(
         raise ConfigError(
             f"the scheme {config.scheme} with these settings learns from data; give --data"
         )
-    tables = {name for name in names if isinstance(_module(checkpoint, name), nn.Embedding)}
-    calibration = calibrate(
-        checkpoint,
-        [name for name in names if name not in tables],
-        batches,
-        moments=config.rounding != "nearest",
-        progress=progress,
-        state=state,
-    )
-    _check_seen(calibration, config)
+    calibration = None
+    if config.smooth:
+        first = state and state.with_name(f"{state.name}.smoothing")
+        checkpoint, seen = smoothed(checkpoint, config.smooth, batches, progress, first)
+        calibration = replace(seen, inputs={})  # of activations that are no longer so
+    if replace(config, smooth=0.0).needs_data:
+        tables = {name for name in names if isinstance(_module(checkpoint, name), nn.Embedding)}
+        calibration = calibrate(
+            checkpoint,
+            [name for name in names if name not in tables],
+            batches,
+            moments=config.rounding != "nearest",
+            progress=progress,
+            state=state,
+        )
+        _check_seen(calibration, config)
     return Prepared(checkpoint, names, calibration)
 
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from compress.calibration import InputStats
 from compress.int8 import quantize_per_channel
 from compress.quantize_config import QuantizeConfig
+from compress.rounding import corrected_bias, gptq, learned_moment
 
 
 @torch.library.custom_op("onnxpress::static_quantized_linear", mutates_args=())
@@ -62,7 +63,11 @@ class StaticInt8Linear(nn.Module):
         """Hold the float `weight` (out, in) and `bias` (out,), for inputs as in `stats`."""
         assert stats is not None
         values, self.scale = quantize_per_channel(weight.t(), axis=1)
+        moment = learned_moment(config, stats)
+        if moment is not None:
+            values = gptq(weight.t(), self.scale, -127, 127, moment).to(torch.int8)
         self.weight = values.contiguous()
+        bias = corrected_bias(bias, weight, self.dequantize(), config, stats)
         kind = self.input_zero_point.dtype
         symmetric = kind == torch.int8
         low, high = stats.range(str(config.ranges), config.percentile, 256, symmetric)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from compress.calibration import InputStats
 from compress.quantize_config import QuantizeConfig
+from compress.rounding import corrected_bias, gptq, learned_moment
 
 # what the range over the number of steps is multiplied by, to be tried as a block's scale
 _SHARES = [1.1 - 0.025 * i for i in range(17)]
@@ -158,11 +159,24 @@ class WeightOnlyLinear(nn.Module):
         stats: InputStats | None = None,
     ) -> None:
         """Hold the float `weight` (out, in) as nearly as the bits allow, and `bias` (out,)."""
-        del config, stats
         made = quantize_blocks(weight, self.bits, self.block_size)
         self.packed, self.scale, self.zero_point = made
-        if bias is not None:
-            self.bias = bias
+        moment = learned_moment(config, stats)
+        if moment is not None:
+            self._round_by_(weight, moment)
+        self.bias = corrected_bias(bias, weight, self.dequantize(), config, stats)
+
+    def _round_by_(self, weight: Tensor, moment: Tensor) -> None:
+        """Round `weight` (out, in) anew to the scales there are, by the `moment` of the inputs."""
+
+        def per_weight(x: Tensor) -> Tensor:  # (out, blocks) → (in, out)
+            return x.repeat_interleave(self.block_size, 1)[:, : self.in_features].t()
+
+        zeros = unpack(self.zero_point, self.bits, self.scale.shape[1]).float()
+        low, top = -per_weight(zeros), 2**self.bits - 1
+        numbers = gptq(weight.t(), per_weight(self.scale), low, top + low, moment)
+        values = _blocks(numbers.t(), self.block_size) + zeros.unsqueeze(2)
+        self.packed = pack(values.to(torch.uint8), self.bits)
 
     def dequantize(self) -> Tensor:
         """Return the float32 weight (out, in) that the module stands for."""

@@ -1,0 +1,113 @@
+"""Rounding a layer's weights so that its outputs change least, not the weights themselves.
+
+GPTQ (Frantar et al. 2022, arXiv:2210.17323): the inputs are gone through one after another, and what
+rounding one weight does to an output is made up for by the weights not yet rounded, as well as the
+second moment H = E[x xᵀ] of the inputs allows. An output whose weights are off by e is off by
+e·H·eᵀ in the mean square.
+
+Scales are chosen before, from the weights as they were; those of blocks do not wait until their
+inputs are reached, as in the paper. So the inputs that weigh most come first even where blocks share
+a scale, which leaves a smaller error (docs/results/quantization.md).
+"""
+
+import torch
+from torch import Tensor
+
+from calib_data.errors import ConfigError, DataError
+from compress.calibration import InputStats
+from compress.quantize_config import QuantizeConfig
+
+# added to the diagonal of H, as a share of its mean: keeps inputs that almost depend on each other
+# from taking huge weights; the larger ones are for an H that is not positive even so
+_DAMPING = (0.01, 0.1, 1.0)
+_STRIDE = 128  # inputs whose errors are gathered before they reach the inputs after them
+
+
+def learned_moment(config: QuantizeConfig | None, stats: InputStats | None) -> Tensor | None:
+    """Return the moment (in, in) that `config` wants weights rounded by, or None for nearest rounding.
+
+    It is that about the mean where the bias will take the mean error away (`corrected_bias`), and
+    about zero otherwise.
+    """
+    if config is None or config.rounding == "nearest":
+        return None
+    if stats is None or stats.moment is None:
+        raise ConfigError(
+            "rounding by gptq needs the moments of a layer's inputs; calibrate with them"
+        )
+    return stats.moment
+
+
+def gptq(
+    weight: Tensor, scale: Tensor, low: Tensor | int, high: Tensor | int, moment: Tensor
+) -> Tensor:
+    """Return whole numbers, as float32 (in, out), that times `scale` stand for `weight` (in, out).
+
+    `moment` (in, in) is that of the inputs. `scale` and the bounds `low` and `high` of the numbers are
+    for each weight, or broadcast to that.
+    """
+    rows = [
+        torch.as_tensor(x, device=weight.device).expand(weight.shape) for x in (scale, low, high)
+    ]
+    order = moment.diagonal().argsort(descending=True)  # the others still make up for the heaviest
+    upper = _feedback(moment[order][:, order])
+    work = weight.detach().float()[order]
+    numbers = torch.empty_like(work)
+    for start in range(0, len(order), _STRIDE):
+        chosen = slice(start, start + _STRIDE)
+        part, factor = work[chosen], upper[chosen]
+        errors = torch.empty_like(part)
+        for i, (row, place) in enumerate(zip(part, order[chosen].tolist())):
+            step, least, most = (x[place] for x in rows)
+            number = (row / step).round_().clamp_(least, most)
+            numbers[place] = number
+            errors[i] = (row - number * step) / factor[i, start + i]
+            part[i + 1 :] -= torch.outer(factor[i, start + i + 1 : start + len(part)], errors[i])
+        work[start + len(part) :] -= factor[:, start + len(part) :].T @ errors
+    return numbers
+
+
+def _feedback(moment: Tensor) -> Tensor:
+    """Return the upper triangular U (in, in), float32, with Uᵀ U the inverse of the damped moment.
+
+    Row i tells how far the inputs after i make up for an error in i. With R upper triangular and
+    R Rᵀ = H it is R⁻¹, and R is the Cholesky factor of H with its axes reversed. An input that was
+    never anything but zero makes up for none and is rounded to nearest.
+    """
+    damped = moment.double().flip(0, 1)
+    diagonal = damped.diagonal()
+    alive = diagonal != 0
+    mean = diagonal[alive].mean() if bool(alive.any()) else diagonal.new_ones(())
+    diagonal[~alive] = mean
+    added = 0.0
+    for share in _DAMPING:
+        diagonal += (share - added) * mean
+        added = share
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not failed and factor.isfinite().all():
+            one = torch.eye(len(damped), dtype=damped.dtype, device=damped.device)
+            return torch.linalg.solve_triangular(factor, one, upper=False).flip(0, 1).float()
+    raise DataError(
+        "what this layer was given during calibration has no finite second moment; "
+        "check the data, or round to nearest"
+    )
+
+
+def corrected_bias(
+    bias: Tensor | None,
+    weight: Tensor,
+    rounded: Tensor,
+    config: QuantizeConfig | None,
+    stats: InputStats | None,
+) -> Tensor | None:
+    """Return the bias (out,) plus the mean error that `rounded` makes in the place of `weight`.
+
+    Both are (out, in). The mean error is (W − Ŵ) E[x] (Nagel et al. 2019, arXiv:1906.04721). A layer
+    without a bias stays without: one more addition at run time would buy little.
+    """
+    if bias is None or config is None or not config.bias_correction:
+        return bias
+    if stats is None:
+        raise ConfigError("correcting a bias needs the mean of a layer's inputs; calibrate first")
+    error = (weight - rounded).double() @ stats.channel_mean.double()
+    return (bias.double() + error).to(bias.dtype)
