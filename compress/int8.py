@@ -89,7 +89,7 @@ class DynamicInt8Linear(nn.Module):
     ) -> None:
         """Hold the float `weight` (out, in) in int8, and `bias` (out,)."""
         values, self.scale = quantize_per_channel(weight.t(), axis=1)
-        moment = learned_moment(config, stats)
+        moment = learned_moment(config, stats, bias)
         if moment is not None:
             values = gptq(weight.t(), self.scale, -127, 127, moment).to(torch.int8)
         self.weight = values.contiguous()

@@ -19,15 +19,18 @@ from compress.quantize_config import QuantizeConfig
 
 # added to the diagonal of H, as a share of its mean: keeps inputs that almost depend on each other
 # from taking huge weights; the larger ones are for an H that is not positive even so
-_DAMPING = (0.01, 0.1, 1.0)
+_DAMPING = (0.01, 0.1, 1.0, 10.0)
+_ROUNDING = 1e-6  # of what a moment adds up to along its diagonal
 _STRIDE = 128  # inputs whose errors are gathered before they reach the inputs after them
 
 
-def learned_moment(config: QuantizeConfig | None, stats: InputStats | None) -> Tensor | None:
+def learned_moment(
+    config: QuantizeConfig | None, stats: InputStats | None, bias: Tensor | None
+) -> Tensor | None:
     """Return the moment (in, in) that `config` wants weights rounded by, or None for nearest rounding.
 
-    It is that about the mean where the bias will take the mean error away (`corrected_bias`), and
-    about zero otherwise.
+    Where a bias takes the mean error away (`corrected_bias`) it is that about the mean of the inputs,
+    otherwise that about zero.
     """
     if config is None or config.rounding == "nearest":
         return None
@@ -35,7 +38,13 @@ def learned_moment(config: QuantizeConfig | None, stats: InputStats | None) -> T
         raise ConfigError(
             "rounding by gptq needs the moments of a layer's inputs; calibrate with them"
         )
-    return stats.moment
+    if bias is None or not config.bias_correction:
+        return stats.moment
+    mean = stats.channel_mean.to(stats.moment)
+    centred = stats.moment - torch.outer(mean, mean)
+    # what float32 leaves of inputs that hardly vary may be below zero
+    centred.diagonal().add_(_ROUNDING * stats.moment.diagonal().sum())
+    return centred
 
 
 def gptq(

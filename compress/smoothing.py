@@ -111,7 +111,8 @@ def smooth_(
     geometric mean 1, so that no weight leaves the range of its type.
     """
     for link in links:
-        scale_(checkpoint.backbone, link, _factors(checkpoint.backbone, link, inputs, alpha))
+        if link.readers[0] in inputs:  # otherwise the data never reach it
+            scale_(checkpoint.backbone, link, _factors(checkpoint.backbone, link, inputs, alpha))
 
 
 def scale_(backbone: nn.Module, link: Link, factor: Tensor) -> None:

@@ -63,7 +63,7 @@ class StaticInt8Linear(nn.Module):
         """Hold the float `weight` (out, in) and `bias` (out,), for inputs as in `stats`."""
         assert stats is not None
         values, self.scale = quantize_per_channel(weight.t(), axis=1)
-        moment = learned_moment(config, stats)
+        moment = learned_moment(config, stats, bias)
         if moment is not None:
             values = gptq(weight.t(), self.scale, -127, 127, moment).to(torch.int8)
         self.weight = values.contiguous()

@@ -161,7 +161,7 @@ class WeightOnlyLinear(nn.Module):
         """Hold the float `weight` (out, in) as nearly as the bits allow, and `bias` (out,)."""
         made = quantize_blocks(weight, self.bits, self.block_size)
         self.packed, self.scale, self.zero_point = made
-        moment = learned_moment(config, stats)
+        moment = learned_moment(config, stats, bias)
         if moment is not None:
             self._round_by_(weight, moment)
         self.bias = corrected_bias(bias, weight, self.dequantize(), config, stats)
