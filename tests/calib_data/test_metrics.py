@@ -12,7 +12,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from calib_data import metrics
 from calib_data.batches import Batches, Predict
 from calib_data.errors import DataError
-from calib_data.metrics import default_metrics, measure_metric
+from calib_data.metrics import Measured, default_metrics, drop, measure_metric
 from calib_data.sources import Examples
 from tests.tiny import SENTENCES, tiny_tokenizer
 
@@ -246,3 +246,15 @@ def test_fidelity_of_different_shapes_is_refused() -> None:
         metrics.accuracy(
             model("sentence_embedding", 3), Batches(make(text=["a"], label=[0]), TOKENIZER)
         )
+
+
+def test_a_drop_is_a_share_of_the_scale_or_of_a_perplexity() -> None:
+    def fall(name: str, before: float, after: float, higher: bool = True) -> float:
+        pair = (Measured(name, value, higher_is_better=higher) for value in (before, after))
+        return drop(*pair)
+
+    assert fall("spearman", 86.5, 86.0) == pytest.approx(0.005)
+    assert fall("accuracy", 90.0, 91.0) == pytest.approx(-0.01)
+    assert fall("cosine_fidelity", 1.0, 0.995) == pytest.approx(0.005)
+    assert fall("perplexity", 4.0, 4.02, higher=False) == pytest.approx(0.005)
+    assert fall("perplexity", 4.0, 3.0, higher=False) < 0
