@@ -171,6 +171,7 @@ def quantize_command(
         lambda r: (
             f"{r['path']}: {r['modules']} modules quantized, "
             f"{r['bytes_before'] / 1e6:.1f} → {r['bytes_after'] / 1e6:.1f} MB of weights"
+            + (f"\n{r['note']}" if "note" in r else "")
         ),
     )
 
