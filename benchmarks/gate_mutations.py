@@ -63,6 +63,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], str | None, int]] = {
     "int8 encoder": ("bert", "feature-extraction", _TEXT | _SIZES, "dynamic", 23),
     "int8 decoder": ("gpt2", "text-generation", _TEXT | _GPT2, "dynamic", 23),
     "int8 vision": ("vit", "image-classification", _SIZES | _VIT, "dynamic", 23),
+    "static encoder": ("bert", "feature-extraction", _TEXT | _SIZES, "static", 23),
 }  # fmt: skip
 
 
@@ -93,6 +94,22 @@ class Outcome:
     proof: str = ""
 
 
+class _Sampled:
+    """Calibration data: what the model's signature calls valid inputs."""
+
+    fingerprint = "sampled"
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        samples = (checkpoint.signature.sample(8, 16, seed=seed, ragged=True) for seed in range(4))
+        self._batches = list(samples)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Mapping[str, torch.Tensor]]:
+        return iter(self._batches)
+
+
 def build(family: str) -> Subject:
     """Return the exported model of one family, its weights drawn as large as trained ones."""
     kind, task, settings, scheme, opset = FAMILIES[family]
@@ -108,7 +125,7 @@ def build(family: str) -> Subject:
     model = model.eval()
     checkpoint = Checkpoint(model, task, transformer_signature(model, model, None))
     if scheme is not None:
-        checkpoint = quantize(checkpoint, QuantizeConfig(scheme=scheme)).checkpoint
+        checkpoint = quantize(checkpoint, QuantizeConfig(scheme), _Sampled(checkpoint)).checkpoint
     (part,) = parts(checkpoint).values()
     graph = build_graph(part, ExportConfig(opset=opset))
     return Subject(checkpoint, part, bytes(ir.to_proto(graph).SerializeToString()))

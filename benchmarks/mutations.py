@@ -369,6 +369,32 @@ def zero_point(model: ir.Model, random: Random) -> tuple[str, str] | None:
     return _at(node, "a zero point of the weights")
 
 
+def fixed_scale(model: ir.Model, random: Random) -> tuple[str, str] | None:
+    """The scale of a rounding in fixed steps × 1.01, wherever it is used."""
+    return _fixed_steps(model, random, 1)
+
+
+def fixed_zero_point(model: ir.Model, random: Random) -> tuple[str, str] | None:
+    """The zero point of a rounding in fixed steps off by one, wherever it is used."""
+    return _fixed_steps(model, random, 2)
+
+
+def _fixed_steps(model: ir.Model, random: Random, index: int) -> tuple[str, str] | None:
+    node = _pick(random, [n for n in model.graph if n.op_type == "QuantizeLinear"])
+    if node is None:
+        return None
+    old = node.inputs[index]
+    array = _array(old)
+    changed = array * np.float32(1.01) if index == 1 else array + array.dtype.type(1)
+    made = ir.node("Constant", [], {"value": ir.tensor(np.asarray(changed, array.dtype))})
+    model.graph.insert_before(node, made)
+    for user in (node, *(use.node for use in node.outputs[0].uses())):
+        for place, value in enumerate(user.inputs):
+            if value is old:
+                user.replace_input_with(place, made.outputs[0])
+    return _at(node, "the scale" if index == 1 else "the zero point")
+
+
 KINDS: dict[str, Mutation] = {
     "weight, one number × 1.01": weight_element,
     "weight, one row × 1.01": weight_row,
@@ -390,4 +416,6 @@ KINDS: dict[str, Mutation] = {
     "rounded to half precision": half_precision,
     "int8 weight, one step": int8_step,
     "zero point": zero_point,
+    "fixed scale × 1.01": fixed_scale,
+    "fixed zero point": fixed_zero_point,
 }

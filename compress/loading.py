@@ -270,7 +270,9 @@ def _rebuild(directory: Path, config: Any, task: Task, manifest: Mapping[str, An
     if (directory / "generation_config.json").is_file() and module.can_generate():
         module.generation_config = transformers.GenerationConfig.from_pretrained(directory)
     weights = _read_weights(directory)
-    if not any(name.startswith("pooler.") for name in weights) and hasattr(module, "pooler"):
+    pooler = getattr(module, "pooler", None)
+    # Swin's has no weights
+    if pooler is not None and pooler.state_dict() and not _has_pooler(weights):
         module.pooler = None
     resize_(module, manifest.get("structure") or {})
     if manifest.get("adapters"):
@@ -279,6 +281,10 @@ def _rebuild(directory: Path, config: Any, task: Task, manifest: Mapping[str, An
         quantized_skeleton_(module, manifest["quantization"])
     load_strictly_(module, weights, str(directory))
     return module
+
+
+def _has_pooler(weights: Mapping[str, Tensor]) -> bool:
+    return any(name.startswith("pooler.") for name in weights)
 
 
 def _read_weights(directory: Path) -> dict[str, Tensor]:

@@ -7,20 +7,28 @@ Statistics → preparation → replacement: `prepare` sees the calibration data 
 import copy
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from calib_data.errors import ConfigError, ModelError
+from calib_data.errors import ConfigError, DataError, ModelError
 from compress.adapters import refuse_adapters
 from compress.blocks import features
 from compress.calibration import Calibration, CalibrationData, InputStats, calibrate
 from compress.checkpoint import Checkpoint, StageResult, weights_sha256
 from compress.int8 import DynamicInt8Linear, Int8Embedding
+from compress.patches import (
+    fold_float_patches_,
+    is_over_patches,
+    shown_names,
+    unfold_patches_,
+)
 from compress.patterns import check_pattern
 from compress.quantize_config import SCHEME_SETTINGS, QuantizeConfig
+from compress.saturation import NOTE, saturates
 from compress.smoothing import smoothed
 from compress.static_int8 import StaticInt8Linear
 from compress.weight_only import WeightOnlyLinear
@@ -32,18 +40,23 @@ class Scheme:
 
     linear: type[nn.Module]
     shape: tuple[str, ...] = ()
+    # what a manifest means that was written before there was the setting
+    before: Mapping[str, Any] = field(default_factory=dict)
 
 
 SCHEMES = {
-    "dynamic": Scheme(DynamicInt8Linear),
-    "static": Scheme(StaticInt8Linear, ("activations",)),
+    "dynamic": Scheme(DynamicInt8Linear, ("per_channel",), {"per_channel": True}),
+    "static": Scheme(StaticInt8Linear, ("activations", "per_channel")),
     "weight-only": Scheme(WeightOnlyLinear, ("bits", "block_size")),
 }
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A float checkpoint with all that is needed to quantize any of its layers."""
+    """A float checkpoint with all that is needed to quantize any of its layers.
+
+    In it a convolution over patches is a linear layer, the child `linear` of its name.
+    """
 
     checkpoint: Checkpoint
     names: tuple[str, ...]  # of the layers and tables that can be quantized
@@ -79,7 +92,9 @@ def as_result(
     """Return what `source` became as the stage's result; `found` joins the metrics of its lineage."""
     before, after = (_bytes(c.backbone) for c in (source, quantized))
     metrics: dict[str, Any] = {"bytes_before": before, "bytes_after": after, **found}
-    report = {**metrics, "modules": list((quantized.quantization or {})["modules"])}
+    report: dict[str, Any] = {**metrics, "modules": list((quantized.quantization or {})["modules"])}
+    if config.reduce_range and saturates():
+        report["note"] = NOTE
     seen: dict[str, Any] = {}
     if prepared.calibration is not None:
         seen["data"] = prepared.calibration.fingerprint
@@ -112,6 +127,7 @@ def prepare(
     if checkpoint.quantization:
         raise ModelError("this checkpoint is quantized already; start from the float one")
     refuse_adapters(checkpoint, "quantize")
+    checkpoint = _with_patches(checkpoint)
     names = tuple(_quantizable(checkpoint, config.skip))
     if not names:
         raise ModelError("there is no linear layer or embedding table to quantize")
@@ -167,9 +183,13 @@ def quantize_only(
     inputs = prepared.calibration.inputs if prepared.calibration else {}
     for name in quantization["modules"]:
         source = made.backbone.get_submodule(name)
-        small = _quantized(source, quantization, config, inputs.get(name))
+        try:
+            small = _quantized(source, quantization, config, inputs.get(name))
+        except (DataError, ModelError) as error:
+            raise type(error)(f"{name}: {error}") from error
         _replace_(made.backbone, name, small)
         progress()
+    fold_float_patches_(made.backbone)
     return replace(made, quantization=quantization)
 
 
@@ -180,7 +200,9 @@ def quantized_skeleton_(model: nn.Module, quantization: Mapping[str, Any]) -> No
             f"the manifest names the scheme {quantization.get('scheme')!r}; "
             f"this version knows {', '.join(SCHEMES)}"
         )
-    for name in SCHEMES[quantization["scheme"]].shape:
+    scheme = SCHEMES[quantization["scheme"]]
+    quantization = {**scheme.before, **quantization}
+    for name in scheme.shape:
         known = SCHEME_SETTINGS[quantization["scheme"]][name]
         if quantization.get(name) not in known:
             raise ModelError(
@@ -189,6 +211,7 @@ def quantized_skeleton_(model: nn.Module, quantization: Mapping[str, Any]) -> No
             )
     for name in quantization.get("modules") or ():
         try:
+            unfold_patches_(model, name)
             source = model.get_submodule(name)
         except AttributeError as error:
             raise ModelError(
@@ -210,15 +233,24 @@ def float_layers(checkpoint: Checkpoint) -> list[str]:
     return [name for name, module in checkpoint.backbone.named_modules() if _replaceable(module)]
 
 
+def _with_patches(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint, or a copy in which convolutions over patches are linear layers."""
+    if not any(map(is_over_patches, checkpoint.backbone.modules())):
+        return checkpoint
+    made = replace(checkpoint, module=copy.deepcopy(checkpoint.module))
+    unfold_patches_(made.backbone)
+    return made
+
+
 def _quantizable(checkpoint: Checkpoint, skip: tuple[str, ...]) -> list[str]:
-    every = float_layers(checkpoint)
+    called, shown = _called(checkpoint), shown_names(checkpoint.backbone)
+    every = {name: shown.get(name, name) for name in float_layers(checkpoint)}
     for pattern in skip:
-        check_pattern("--skip", pattern, every)
-    called = _called(checkpoint)
+        check_pattern("--skip", pattern, list(every.values()))
     return [
         name
-        for name in every
-        if name in called and not any(fnmatch.fnmatch(name, pattern) for pattern in skip)
+        for name, told in every.items()
+        if name in called and not any(fnmatch.fnmatch(told, pattern) for pattern in skip)
     ]
 
 
@@ -264,6 +296,8 @@ def _quantized(
     source: Any, quantization: Mapping[str, Any], config: QuantizeConfig, stats: InputStats | None
 ) -> nn.Module:
     made: Any = _empty(source, quantization)
+    if not all(torch.isfinite(value).all() for value in source.parameters(recurse=False)):
+        raise ModelError("has weights that are no finite numbers; repair the model")
     if isinstance(source, nn.Embedding):
         made.quantize_(source.weight)
         return made

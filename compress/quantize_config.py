@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress.config import StageConfig, one_of, require
+from compress.saturation import saturates
 
-# scheme → its own settings → what each may be, the default first
+# scheme → its own settings → what each may be, the default first (of reduce_range: see saturation)
 SCHEME_SETTINGS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "dynamic": {"per_channel": (True, False), "reduce_range": (False, True)},
     "static": {
@@ -35,7 +36,7 @@ class QuantizeConfig(StageConfig):
     bits: int | None = None  # of each weight
     block_size: int | None = None  # weights that share a scale
     per_channel: bool | None = None  # a scale for each output of a layer, or one for all of it
-    reduce_range: bool | None = None  # weights of 7 bits, for processors whose sums saturate
+    reduce_range: bool | None = None  # weights of 7 bits; by default where this processor saturates
     activations: str | None = None  # uint8 with a zero point, or int8 around zero
     ranges: str | None = None  # how an activation's range is chosen from what calibration saw
     percentile: float = 99.99  # share of the values in it, where `ranges` is percentile
@@ -56,7 +57,8 @@ class QuantizeConfig(StageConfig):
                 require(name in own, f"the scheme {self.scheme} has no {option}; leave it out")
                 one_of(option, value, own[name])
             elif name in own:
-                object.__setattr__(self, name, own[name][0])
+                default = saturates() if name == "reduce_range" else own[name][0]
+                object.__setattr__(self, name, default)
         require(
             50 < self.percentile <= 100,
             f"--percentile must be above 50 and at most 100, got {self.percentile}",

@@ -1,15 +1,17 @@
-"""Take the run-time rounding out of a quantized graph, so that its weights can be checked exactly.
+"""Take the rounding of activations out of a quantized graph, so that its weights can be checked exactly.
 
 The weights and scales stay the graph's own, so a change in one of them shows, where the rounding of
-activations would have covered it.
+activations would have covered it. Steps that calibration fixed go with the rounding, and are looked
+up among the source's instead (`export.weights`).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import NameFixPass
+from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 
 from compress.weight_only import dequantize_blocks
 
@@ -18,6 +20,7 @@ def linearized(model: Path, path: Path) -> Path:
     """Write the graph in `model` without its run-time rounding to `path`; return `path`."""
     graph = ir.load(model)
     linearize_(graph)
+    RemoveUnusedNodesPass()(graph)
     NameFixPass()(graph)  # new values in a branch are named without regard to those outside
     ir.save(graph, path, external_data=f"{path.name}.data")
     return path
@@ -29,10 +32,16 @@ def linearize_(model: ir.Model) -> int:
     for node in list(model.graph.all_nodes()):
         if node.op_type == "MatMulInteger":
             count += _integer_product_(node)
+        elif node.op_type == "MatMulIntegerToFloat":
+            count += _fixed_product_(node)
+        elif node.op_type == "DequantizeLinear" and _producer(node, 0, "QuantizeLinear"):
+            count += _there_and_back_(node)
         elif node.op_type == "MatMulNBits":
             count += _blockwise_product_(model, node)
         elif node.op_type == "DequantizeLinear" and "block_size" in node.attributes:
             count += _blockwise_weight_(model, node)
+        elif node.op_type == "DequantizeLinear":
+            _stored_weight_(node)
     return count
 
 
@@ -55,14 +64,81 @@ def _integer_product_(node: ir.Node) -> bool:
     if quantize.outputs[1] not in product.inputs:
         return False
     weight_scale = next((v for v in product.inputs if v is not quantize.outputs[1]), None)
-    made = [_to_float(node.inputs[1])]
-    if len(node.inputs) > 3 and node.inputs[3] is not None:
-        zero = _to_float(node.inputs[3])
-        made += [zero, ir.node("Sub", [made[0].outputs[0], zero.outputs[0]])]
-    made.append(ir.node("Mul", [made[-1].outputs[0], weight_scale]))
-    made.append(ir.node("MatMul", [quantize.inputs[0], made[-1].outputs[0]]))
+    zero = node.inputs[3] if len(node.inputs) > 3 else None
+    made = _float_product(quantize.inputs[0], node.inputs[1], weight_scale, zero)
     _replace_(node, made, rescale.outputs[0])
     return True
+
+
+def _fixed_product_(node: ir.Node) -> bool:
+    """Make QuantizeLinear → MatMulIntegerToFloat a MatMul, and an Add of its bias.
+
+    The product must take its input back with the scale and zero point that it was rounded with.
+    """
+    _, weight, x_scale, scale, x_zero, zero, bias = (*node.inputs, *[None] * 7)[:7]
+    quantize = _producer(node, 0, "QuantizeLinear")
+    if quantize is None or not _same(quantize.inputs[1:3], [x_scale, x_zero]):
+        return False
+    made = _float_product(quantize.inputs[0], weight, scale, zero)
+    if bias is not None:
+        made.append(ir.node("Add", [made[-1].outputs[0], bias]))
+    _replace_(node, made, node.outputs[0])
+    return True
+
+
+def _there_and_back_(node: ir.Node) -> bool:
+    """QuantizeLinear → DequantizeLinear of the same scale and zero point: what went in."""
+    quantize = _producer(node, 0, "QuantizeLinear")
+    source = quantize.inputs[0] if quantize is not None else None
+    if quantize is None or source is None or not _same(quantize.inputs[1:], node.inputs[1:]):
+        return False
+    ir.convenience.replace_all_uses_with(node.outputs[0], source, replace_graph_outputs=True)
+    return True
+
+
+def _stored_weight_(node: ir.Node) -> None:
+    """DequantizeLinear of a stored tensor → (· − zero point) × scale, which are the same numbers.
+
+    ONNX Runtime makes a product that rounds its inputs of what follows otherwise.
+    """
+    stored, scale, zero = (*node.inputs, None)[:3]
+    turned = _producer(node, 0, "Transpose")  # a language model's last layer and its table are one
+    source = turned.inputs[0] if turned is not None else stored
+    tensor = ir.convenience.get_const_tensor(source) if source is not None else None
+    axis = node.attributes.get_int("axis", 1)
+    if tensor is not None and axis in (-1, len(tensor.shape) - 1):
+        _replace_(node, _dequantized(stored, scale, zero), node.outputs[0])
+
+
+def _same(some: Sequence[ir.Value | None], others: Sequence[ir.Value | None]) -> bool:
+    """Whether two lists hold the same values, or stored ones of the same numbers."""
+    return len(some) == len(others) and all(
+        a is b or (_bytes(a) is not None and _bytes(a) == _bytes(b)) for a, b in zip(some, others)
+    )
+
+
+def _bytes(value: ir.Value | None) -> tuple[ir.DataType, bytes] | None:
+    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+    return (tensor.dtype, tensor.tobytes()) if tensor is not None else None
+
+
+def _float_product(
+    x: ir.Value | None, weight: ir.Value | None, scale: ir.Value | None, zero: ir.Value | None
+) -> list[ir.Node]:
+    """Return the nodes of x @ ((weight − zero) × scale)."""
+    made = _dequantized(weight, scale, zero)
+    return [*made, ir.node("MatMul", [x, made[-1].outputs[0]])]
+
+
+def _dequantized(
+    stored: ir.Value | None, scale: ir.Value | None, zero: ir.Value | None
+) -> list[ir.Node]:
+    """Return the nodes of (stored − zero) × scale, along the last axis."""
+    made = [_to_float(stored)]
+    if zero is not None:
+        shift = _to_float(zero)
+        made += [shift, ir.node("Sub", [made[0].outputs[0], shift.outputs[0]])]
+    return [*made, ir.node("Mul", [made[-1].outputs[0], scale])]
 
 
 def _to_float(value: ir.Value | None) -> ir.Node:

@@ -23,9 +23,9 @@ from export.localize import first_divergence
 from export.sessions import open_session
 from export.stepwise import check_across_calls
 from export.tolerance import NOISE, allowances, pooled_errors
-from export.trial import Case, Compared, Progress, Trial, compare, make_trial
+from export.trial import PADDING, Case, Compared, Progress, Trial, compare, make_trial
 from export.verdict import BROKEN, Check, ParityReport, joined
-from export.weights import changed_epsilons, changed_weights
+from export.weights import changed_epsilons, changed_ranges, changed_weights
 
 _SESSIONS = (("plain", False), ("optimized", True))
 
@@ -61,7 +61,10 @@ def check_parity(
     ]
     checks += [
         Check.of((graph, "weights", "file", name), "same bits", (float(off), float(off)))
-        for name, off in changed_epsilons(part.module, stored)
+        for name, off in (
+            *changed_epsilons(part.module, stored),
+            *changed_ranges(part.module, stored),
+        )
     ]
     appends = any(node.op_type == "GroupQueryAttention" for node in stored.graph)
     del stored
@@ -102,6 +105,11 @@ def _judge_noise(trial: Trial, compared: Compared, graph: str, session: str) -> 
         allowed = NOISE * noise[0], 2 * NOISE * noise[1]
         told = next(iter(compared.failures.values()), "int8 noise")
         yield Check.of((graph, "all cases", session, output), told, found, allowed)
+        if trial.fixed_steps and PADDING in compared.found[output]:
+            limits = allowances(expected, trial.factor, trial.dtype)[PADDING]
+            most = max(limits[0], allowed[0]), max(limits[1], allowed[1])
+            found = compared.found[output][PADDING]
+            yield Check.of((graph, PADDING, session, output), told, found, most)
 
 
 def _diverges(

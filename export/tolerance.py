@@ -8,7 +8,9 @@ With y the PyTorch model in float64:
 - half precision: the same with HALF, against PyTorch in the same precision.
 - int8: the noise of the graph against that of the PyTorch simulation, pooled over all cases, up to
   NOISE. Elementwise comparison does not fit there: a difference of one rounding error flips a
-  quantization step, and the flips of one layer cause more in the next.
+  quantization step, and the flips of one layer cause more in the next. With fixed steps that is the
+  bound for what padding may change in a row as well, though mostly it changes nothing: where a flip
+  happens in one run and not in the other, a deep model makes noise of it.
 """
 
 from collections.abc import Mapping

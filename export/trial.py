@@ -46,6 +46,11 @@ class Trial:
         """How many times PyTorch's own error is allowed."""
         return factor_of(self.dtype)
 
+    @property
+    def fixed_steps(self) -> bool:
+        """Whether it rounds activations, and each row for itself: padding must not matter then."""
+        return (self.part.quantization or {}).get("scheme") == "static"
+
     def outputs(self, case: str, found: Outputs) -> dict[str, np.ndarray]:
         """Return what counts of a case's outputs."""
         return {

@@ -61,7 +61,7 @@ class ParityReport:
 
     checks: tuple[Check, ...]
     diverges: str | None = None  # the first module whose output differs, where a check failed
-    # int8 only, and not judged: how much padding a row changes an output, relative to its size
+    # int8 only, judged with fixed steps: how much padding a row changes an output, relative to its size
     padding_drift: Mapping[str, float] = field(default_factory=dict)
 
     @property

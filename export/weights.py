@@ -5,7 +5,8 @@ own noise. Graphs may store a weight transposed, or several side by side, or fol
 so rows and columns are looked up among the source's, wherever they stand. A weight of which nearly
 all is the source's must be the source's as a whole; one of which little is was computed anew, and
 the outputs have to speak for it. A normalisation's epsilon is compared as well: between the customary
-ones lies less than the rounding of float32, until an input comes that is nearly constant.
+ones lies less than the rounding of float32, until an input comes that is nearly constant. So are the
+steps that calibration fixed: a little more or less of them is lost in the noise that they make.
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,9 @@ import torch
 from torch import nn
 
 from compress.checkpoint import weights_of
+from compress.static_int8 import StaticInt8Linear
 from export.graph import MODULE
+from export.passes.nodes import known
 
 _MOST = 0.9
 _EPSILONS = ("eps", "variance_epsilon", "epsilon")
@@ -36,6 +39,8 @@ def changed_weights(module: nn.Module, model: ir.Model) -> Iterator[tuple[str, f
     for value in model.graph.initializers.values():
         if value.const_value is None or value.dtype in (ir.DataType.INT64, ir.DataType.BOOL):
             continue  # shape arithmetic
+        if value.dtype == ir.DataType.INT8 and not value.const_value.numpy().any():
+            continue  # zero points
         array = _bits_of(value.const_value.numpy())
         if _is_vector(array):
             shares = [_vector_share(array.ravel(), vectors)]
@@ -56,6 +61,35 @@ def changed_epsilons(module: nn.Module, model: ir.Model) -> Iterator[tuple[str, 
         if "epsilon" in node.attributes and isinstance(own, float):
             found = node.attributes["epsilon"].as_float()
             yield f"epsilon of {node.name}", np.float32(found) != np.float32(own)
+
+
+def changed_ranges(module: nn.Module, model: ir.Model) -> Iterator[tuple[str, bool]]:
+    """Yield the name of each rounding of a static model's inputs, and whether its steps differ.
+
+    Steps that are found at run time do, since they depend on what else is in the batch.
+    """
+    modules = dict(module.named_modules())
+    if not any(isinstance(source, StaticInt8Linear) for source in modules.values()):
+        return
+    for node in model.graph.all_nodes():
+        if node.op_type not in ("QuantizeLinear", "DynamicQuantizeLinear"):
+            continue
+        source = modules.get(node.metadata_props.get(MODULE, ""))
+        scale, zero = (known(value) for value in (*node.inputs, None, None)[1:3])
+        same = (
+            isinstance(source, StaticInt8Linear)
+            and scale is not None
+            and zero is not None
+            and scale.tobytes() == source.input_scale.numpy().tobytes()
+            and _signed(zero) == _signed(source.input_zero_point.numpy())
+        )
+        yield f"steps of {node.name}", not same
+
+
+def _signed(zero_point: np.ndarray) -> list[int]:
+    """Return a zero point as one of int8: graphs may shift both its type and its value."""
+    shift = 128 * (zero_point.dtype == np.uint8)
+    return [int(number) - shift for number in zero_point.ravel()]
 
 
 def _bits(tensor: torch.Tensor) -> np.ndarray:

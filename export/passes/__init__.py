@@ -13,6 +13,7 @@ from export.passes.common_subexpressions import common_subexpressions_
 from export.passes.constant_reshape import constant_reshape_
 from export.passes.finite_masks import finite_masks_
 from export.passes.flat_attention import flat_attention_
+from export.passes.folded_vectors import folded_vectors_
 from export.passes.gelu import gelu_, quick_gelu_
 from export.passes.grouped_heads import grouped_heads_
 from export.passes.identities import identities_
@@ -26,6 +27,7 @@ from export.passes.softmax_attention import softmax_attention_
 from export.passes.split_heads import split_heads_
 from export.passes.standard_blocks import standard_blocks_
 from export.passes.unfolded_axis import unfolded_axis_
+from export.passes.unsigned_activations import unsigned_activations_
 
 Pass = Callable[[ir.Model], int]
 
@@ -45,10 +47,15 @@ _PLAIN: tuple[Pass, ...] = (
     grouped_heads_,
 )
 _FUSED: tuple[Pass, ...] = (cached_attention_, flat_attention_, quick_gelu_)
-_LAST: tuple[Pass, ...] = (constant_reshape_, shared_weights_, common_subexpressions_)
+_LAST: tuple[Pass, ...] = (
+    folded_vectors_,
+    constant_reshape_,
+    shared_weights_,
+    common_subexpressions_,
+)
 
 PASSES: dict[str, tuple[Pass, ...]] = {
     "portable": (*_PLAIN, standard_blocks_, *_LAST),
-    "cpu": (*_PLAIN, *_FUSED, residual_as_sum_, *_LAST),
+    "cpu": (*_PLAIN, *_FUSED, residual_as_sum_, unsigned_activations_, *_LAST),
     "cuda": (*_PLAIN, *_FUSED, *_LAST),
 }

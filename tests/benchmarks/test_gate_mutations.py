@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.gate_mutations import Outcome, Subject, judge, markdown, prove, summary
 from benchmarks.mutations import KINDS
-from tests.export.graphs import cached_graph_of, checkpoint_of, graph_of
+from tests.export.graphs import cached_graph_of, checkpoint_of, graph_of, static_graph_of
 
 
 def subject(int8: bool = False) -> Subject:
@@ -17,7 +17,8 @@ def subject(int8: bool = False) -> Subject:
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_changes_some_graph(kind: str) -> None:
     graphs = [lambda: graph_of("bert"), lambda: graph_of("bert", int8=True),
-              lambda: cached_graph_of("gpt2"), lambda: cached_graph_of("llama")]  # fmt: skip
+              lambda: cached_graph_of("gpt2"), lambda: cached_graph_of("llama"),
+              static_graph_of]  # fmt: skip
     changed = 0
     for make in graphs:
         model = make()

@@ -13,6 +13,7 @@ from compress.int8 import (
     dynamic_quantized_linear,
     quantize_per_channel,
 )
+from compress.quantize_config import QuantizeConfig
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -88,6 +89,26 @@ def test_extreme_values_do_not_overflow() -> None:
     found = dynamic_quantized_linear(x, weight, torch.ones(2))
     assert found[0].tolist() == [0, 0]
     assert found[1].tolist() == pytest.approx([4096 * 127] * 2)
+
+
+@pytest.mark.parametrize("reduce_range", [False, True])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_settings_of_the_weights(per_channel: bool, reduce_range: bool) -> None:
+    config = QuantizeConfig(per_channel=per_channel, reduce_range=reduce_range)
+    weight = random(17, 24) * torch.logspace(-2, 0, 17).unsqueeze(1)
+    layer = DynamicInt8Linear(24, 17, bias=False, per_channel=per_channel)
+    layer.quantize_(weight, None, config)
+    level = 64 if reduce_range else 127
+    assert layer.scale.shape == ((17,) if per_channel else ())
+    largest = layer.weight.abs().amax(0).int()
+    assert int(largest.max()) == level
+    assert bool((largest == level).all()) == per_channel
+    step = weight.abs().amax(1 if per_channel else (0, 1), keepdim=True) / level
+    assert bool(((layer.dequantize() - weight).abs() <= step * 0.5001).all())
+    x = random(5, 24)
+    near = nn.functional.linear(x, layer.dequantize())
+    assert layer(x).shape == near.shape
+    assert float((layer(x) - near).abs().max()) < 0.03 * float(near.abs().max())
 
 
 def test_zeros_give_zeros() -> None:

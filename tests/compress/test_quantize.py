@@ -61,7 +61,7 @@ def test_all_linear_layers_and_tables_are_quantized(family: str, scheme: str) ->
     batches = SampledBatches(checkpoint)
     made = quantize(checkpoint, QuantizeConfig(scheme), batches).checkpoint
     assert kinds(made.module, nn.Linear) == kinds(made.module, nn.Embedding) == []
-    assert not [m for m in made.module.modules() if type(m).__name__ == "Conv1D"]
+    assert not [m for m in made.module.modules() if type(m).__name__ in ("Conv1D", "Conv2d")]
     tables = kinds(checkpoint.module, nn.Embedding)
     assert kinds(made.module, Int8Embedding) == tables
     linear = kinds(made.module, SCHEMES[scheme].linear)
@@ -69,7 +69,7 @@ def test_all_linear_layers_and_tables_are_quantized(family: str, scheme: str) ->
     assert made.quantization == {
         "scheme": scheme,
         **defaults,
-        "modules": [n for n, _ in checkpoint.module.named_modules() if n in {*tables, *linear}],
+        "modules": [n for n, _ in made.module.named_modules() if n in {*tables, *linear}],
     }
 
 

@@ -16,7 +16,7 @@ from compress.quantize_config import QuantizeConfig
 from export.graph import MODULE, ExportConfig, build_graph
 from export.parts import parts
 from export.sessions import open_session, run
-from tests.tiny import tiny_checkpoint
+from tests.tiny import SampledBatches, tiny_checkpoint
 
 NAMES = {
     "bert": ("bert", "feature-extraction"),
@@ -58,6 +58,30 @@ def cached_graph_of(name: str, int8: bool = False) -> ir.Model:
     import onnx
 
     return ir.from_proto(onnx.load_from_string(_cached_bytes_of(name, int8)))
+
+
+@functools.cache
+def static_checkpoint_of(name: str = "bert", opset: int = 23, **settings: Any) -> Checkpoint:
+    """Return the one part of a tiny checkpoint with fixed activation steps, made once."""
+    del opset
+    checkpoint = tiny_checkpoint(*NAMES[name])
+    batches = SampledBatches(checkpoint)
+    small = quantize(checkpoint, QuantizeConfig("static", **settings), batches).checkpoint
+    (part,) = parts(small).values()
+    return part
+
+
+@functools.cache
+def _static_bytes_of(name: str, target: str, opset: int = 23, **settings: Any) -> bytes:
+    part = static_checkpoint_of(name, **settings)
+    return bytes(ir.to_proto(build_graph(part, ExportConfig(target, opset))).SerializeToString())
+
+
+def static_graph_of(name: str = "bert", target: str = "cpu", **settings: Any) -> ir.Model:
+    """Return its graph, exported once and read anew each time."""
+    import onnx
+
+    return ir.from_proto(onnx.load_from_string(_static_bytes_of(name, target, **settings)))
 
 
 def save(model: ir.Model, folder: Path, change: Callable[[ir.Model], Any] | None = None) -> Path:

@@ -12,12 +12,13 @@ from compress.checkpoint import Checkpoint
 from compress.loading import open_checkpoint
 from compress.quantize import quantize
 from compress.quantize_config import QuantizeConfig
+from compress.static_int8 import StaticInt8Linear
 from export.graph import ExportConfig, build_graph
 from export.parity import check_graphs
 from export.parts import parts
 from tests.compress.test_prune import apply_plan, random_plan
 from tests.export.graphs import operators, save
-from tests.tiny import EXPORT_ONLY, FAMILIES, tiny_checkpoint, write
+from tests.tiny import EXPORT_ONLY, FAMILIES, SampledBatches, tiny_checkpoint, write
 
 # family → why it cannot be exported; strict, so that a repaired one is noticed
 KNOWN: dict[str, str] = {}
@@ -131,6 +132,24 @@ def test_float(family: str, tmp_path: Path) -> None:
 def test_pruned_and_int8(family: str, tmp_path: Path) -> None:
     made = quantize(pruned(whole(family)), QuantizeConfig()).checkpoint
     assert held_to_the_gate(made, tmp_path)["MatMulInteger"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family",
+    [
+        family if family in ("bert", "gpt2", "t5", "vit")
+        else pytest.param(family, marks=pytest.mark.exhaustive)
+        for family in (*FAMILIES, *EXPORT_ONLY)
+    ],
+)  # fmt: skip
+def test_pruned_and_static(family: str, tmp_path: Path) -> None:
+    checkpoint = pruned(whole(family))
+    made = quantize(checkpoint, QuantizeConfig("static"), SampledBatches(checkpoint)).checkpoint
+    found = held_to_the_gate(made, tmp_path)
+    layers = [m for m in made.module.modules() if isinstance(m, StaticInt8Linear)]
+    assert found["MatMulIntegerToFloat"] >= len(layers)  # the graphs of a pair share some
+    assert found["MatMul"] == found["Gemm"] == 0
 
 
 def pruned(checkpoint: Checkpoint) -> Checkpoint:
