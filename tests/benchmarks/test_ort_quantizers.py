@@ -1,5 +1,7 @@
 import json
 import sys
+from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -170,8 +172,15 @@ def test_the_program_makes_judges_and_times(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(program, "ORT", {"dynamic": {}})
-    monkeypatch.setattr(program, "OURS", {"dynamic": {}})
+    def two(
+        model: str, data: Path, out: Path, graphs: dict[str, Path], foreign: dict[str, Path]
+    ) -> Iterator[Entry]:
+        yield Entry(BASELINE, graphs["given"], {})
+        target = out / "ours" / "int8.onnx"
+        making = partial(by_onnxruntime, graphs["given"], target, data, ORT["dynamic-products"])
+        yield Entry("ours/int8", target, {"quantize": making})
+
+    monkeypatch.setattr(program, "entries", two)
     pairs, columns = str(folder / "pairs.csv"), "sentence1,sentence2,score"
     words = [str(folder / "model"), "--data", pairs, "--columns", columns, "--eval", pairs]
     words += ["--eval-columns", columns, "--graph", f"given={folder / 'float.onnx'}"]
@@ -180,7 +189,10 @@ def test_the_program_makes_judges_and_times(
     program.main()
     found = json.loads((tmp_path / "comparison.json").read_text())
     rows = {r["graph"]: r for r in found["rows"]}
-    assert [r["failure"] for r in rows.values()] == [None] * 7
-    assert rows["plain/float"]["quality"] == pytest.approx(rows[BASELINE]["quality"], abs=0.01)
-    assert all(r["latency"]["2 × 8"]["median_seconds"] > 0 for r in rows.values())
-    assert capsys.readouterr().out.count("\n") == 2 + 7
+    assert rows["ours/int8"]["steps"]["quantize"]["seconds"] > 0
+    assert rows["ours/int8"]["bytes"] < 0.6 * rows[BASELINE]["bytes"]
+    for r in rows.values():
+        assert r["failure"] is None
+        assert -100 <= r["quality"] <= 100
+        assert r["latency"]["2 × 8"]["median_seconds"] > 0
+    assert capsys.readouterr().out.count("\n") == 2 + 2
