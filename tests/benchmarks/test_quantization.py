@@ -208,6 +208,7 @@ def test_a_scheme_that_fails_leaves_the_others(
     assert not row.met
 
 
+@pytest.mark.slow
 def test_packed_text_is_judged_by_its_loss(tmp_path: Path) -> None:
     from calib_data.batches import Batches
     from calib_data.metrics import perplexity
