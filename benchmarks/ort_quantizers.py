@@ -4,9 +4,9 @@
         [--foreign NAME=INT8.onnx]
 
 MODEL is a sentence encoder. ONNX Runtime quantizes our float graph, the one that PyTorch's exporter
-makes, and every --graph. Each graph is made in a process of its own under a memory limit; what is made
-and measured lies in OUT and is not repeated. The three steps can be run apart: speed wants a quiet
-machine.
+makes, and every --graph. Each graph is made in a process of its own under a memory limit. What is made
+and judged lies in OUT and is not repeated, unless its NAME.made.json or NAME.quality.json is removed.
+The steps can be run apart, as speed wants a quiet machine; the table always tells all that is known.
 """
 
 import argparse
@@ -17,11 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.config import usable_cores
 from benchmarks.confined import GIB, Outcome, Work, confined
 from benchmarks.exporters import time_graphs
+from benchmarks.graph_quality import spearman_of
 from benchmarks.ort_table import row, table
 from benchmarks.quantizers import (
     ORT,
@@ -34,7 +33,7 @@ from benchmarks.quantizers import (
 )
 from benchmarks.report import Environment
 from benchmarks.statistics import MINIMUM_ROUNDS
-from benchmarks.worker import Variant, Worker, WorkerError
+from benchmarks.worker import WorkerError
 from calib_data.errors import ConfigError, OnnxPressError
 from compress.checkpoint import Checkpoint
 
@@ -82,7 +81,7 @@ def entries(
 
 def make(entry: Entry, out: Path, memory: int, seconds: float) -> None:
     """Make a graph step by step, up to the first step that fails, unless that has been tried before."""
-    record = _record(entry, out)
+    record = _record(entry, out, "made")
     if record.is_file() or not entry.steps:
         return
     outcomes: dict[str, Outcome] = {}
@@ -95,86 +94,47 @@ def make(entry: Entry, out: Path, memory: int, seconds: float) -> None:
 
 def made(entry: Entry, out: Path) -> dict[str, Outcome]:
     """Return what became of the steps of making a graph, as far as they have been tried."""
-    record = _record(entry, out)
+    record = _record(entry, out, "made")
     found = json.loads(record.read_text()) if record.is_file() else {}
     return {name: Outcome(**outcome) for name, outcome in found.items()}
 
 
-def _record(entry: Entry, out: Path) -> Path:
-    return out / f"{entry.name}.made.json"
-
-
-def judge(entry: Entry, checkpoint: Checkpoint, examples: Any, out: Path) -> float | str:
-    """Return 100 × Spearman's correlation of a graph, or why it could not be measured."""
-    from calib_data.metrics import measure_metric
-
-    record = out / f"{entry.name}.quality.json"
-    if record.is_file():
-        found: float | str = json.loads(record.read_text())
-        return found
-    with Worker(Variant(entry.name, str(entry.file), "onnx"), "cpu", usable_cores()) as worker:
+def judge(entry: Entry, checkpoint: Checkpoint, examples: Any, out: Path) -> None:
+    """Measure what a graph's embeddings are worth, unless that is known."""
+    record = _record(entry, out, "quality")
+    if not record.is_file():
         try:
-            worker.load()
-            found = measure_metric(
-                "spearman",
-                with_head(checkpoint, worker.predict),
-                examples,
-                checkpoint.processor,
-                task=checkpoint.task,
-                max_length=checkpoint.max_length,
-            ).value
+            _write(record, spearman_of(entry.file, checkpoint, examples))
         except WorkerError as error:  # the table is shown around: it names no place on this machine
-            found = str(error).replace(str(entry.file), entry.file.name).replace("|", "/")
-    _write(record, found)
+            _write(record, str(error).replace(str(entry.file), entry.file.name).replace("|", "/"))
+
+
+def judged(entry: Entry, out: Path) -> float | str | None:
+    """Return 100 × Spearman's correlation of a graph, why there is none, or None if it is not known."""
+    record = _record(entry, out, "quality")
+    found: float | str | None = json.loads(record.read_text()) if record.is_file() else None
     return found
 
 
-def with_head(
-    checkpoint: Checkpoint, predict: Callable[..., Mapping[str, np.ndarray]]
-) -> Callable[..., Mapping[str, np.ndarray]]:
-    """Return a predictor of sentence embeddings, pooled by the checkpoint where the graph does not.
-
-    Such a graph's first output is its hidden states, (batch, sequence, width).
-    """
-    import torch
-
-    def call(batch: Mapping[str, Any]) -> Mapping[str, np.ndarray]:
-        outputs = predict(batch)
-        if checkpoint.output in outputs:
-            return outputs
-        hidden = torch.from_numpy(next(iter(outputs.values())))
-        embed: Any = checkpoint.module.embed
-        mask = torch.as_tensor(batch["attention_mask"])
-        return {str(checkpoint.output): embed(hidden, mask).detach().numpy()}
-
-    return call
+def _record(entry: Entry, out: Path, what: str) -> Path:
+    return out / f"{entry.name}.{what}.json"
 
 
 def clock(
-    graphs: Mapping[str, Path],
-    checkpoint: Checkpoint,
-    shapes: str,
-    rounds: int,
-    seconds: float,
-    out: Path,
+    graphs: Mapping[str, Path], checkpoint: Checkpoint, given: argparse.Namespace
 ) -> dict[str, dict[str, list[list[float]]]]:
-    """Return the seconds of each call by shape and graph, a list a round; measured once."""
-    record = out / "speed.json"
-    if not record.is_file():
-        samples = {}
-        for shape in shapes.split(","):
-            batch, sequence = map(int, shape.split("x"))
-            sample = checkpoint.signature.sample(batch, sequence)
-            samples[f"{batch} × {sequence}"] = {k: v.numpy() for k, v in sample.items()}
-        paths = {name: str(path) for name, path in graphs.items()}
-        times: dict[str, dict[str, list[list[float]]]] = {}
-        for (shape, name), spent in time_graphs(
-            paths, samples, rounds, usable_cores(), seconds
-        ).items():
-            times.setdefault(shape, {})[name] = spent
-        _write(record, times)
-    found: dict[str, dict[str, list[list[float]]]] = json.loads(record.read_text())
-    return found
+    """Return the seconds of each call by shape and graph, a list a round."""
+    samples = {}
+    for shape in given.shapes.split(","):
+        batch, sequence = map(int, shape.split("x"))
+        sample = checkpoint.signature.sample(batch, sequence)
+        samples[f"{batch} × {sequence}"] = {k: v.numpy() for k, v in sample.items()}
+    paths = {name: str(path) for name, path in graphs.items()}
+    found = time_graphs(paths, samples, given.rounds, usable_cores(), given.seconds)
+    times: dict[str, dict[str, list[list[float]]]] = {}
+    for (shape, name), spent in found.items():
+        times.setdefault(shape, {})[name] = spent
+    return times
 
 
 def _write(path: Path, value: Any) -> None:
@@ -193,23 +153,22 @@ def compare(given: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]
     foreign = dict(map(_named, given.foreign))
     data = _calibration(given, checkpoint)
     every = list(entries(given.model, data, given.out, dict(map(_named, given.graph)), foreign))
-    judged = open_data(given.eval, given.eval_columns)
-    outcomes: dict[str, dict[str, Outcome]] = {}
-    quality: dict[str, float | str] = {}
     for entry in every:
         if "make" in given.steps:
             make(entry, given.out, given.memory * GIB, given.minutes * 60)
-        outcomes[entry.name] = made(entry, given.out)
-        if entry.file.is_file() and "quality" in given.steps:
-            quality[entry.name] = judge(entry, checkpoint, judged, given.out)
-    sound = {e.name: e.file for e in every if isinstance(quality.get(e.name), float)}
-    times = {}
+    if "quality" in given.steps:
+        examples = open_data(given.eval, given.eval_columns)
+        for entry in every:
+            if entry.file.is_file():
+                judge(entry, checkpoint, examples, given.out)
+    record = given.out / "speed.json"
     if "speed" in given.steps:
-        times = clock(sound, checkpoint, given.shapes, given.rounds, given.seconds, given.out)
+        sound = {e.name: e.file for e in every if isinstance(judged(e, given.out), float)}
+        _write(record, clock(sound, checkpoint, given))
+    times = json.loads(record.read_text()) if record.is_file() else {}
     against = [BASELINE, *foreign]
     return [
-        row(entry.name, entry.file, outcomes[entry.name], quality.get(entry.name), times, against)
-        for entry in every
+        row(e.name, e.file, made(e, given.out), judged(e, given.out), times, against) for e in every
     ], against
 
 
@@ -249,7 +208,12 @@ def main() -> None:
     parser.add_argument("--eval-columns", help="of the data with scores")
     parser.add_argument("--graph", action="append", default=[], metavar="NAME=FLOAT.onnx")
     parser.add_argument("--foreign", action="append", default=[], metavar="NAME=INT8.onnx")
-    parser.add_argument("--steps", type=lambda text: text.split(","), default=list(STEPS))
+    parser.add_argument(
+        "--steps",
+        type=lambda text: text.split(","),
+        default=list(STEPS),
+        help=f"which of {','.join(STEPS)} to do; default: all",
+    )
     parser.add_argument("--memory", type=int, default=8, help="GB for each quantizer")
     parser.add_argument("--minutes", type=int, default=30, help="for each quantizer")
     parser.add_argument("--shapes", default="8x128,1x32", help="batch × tokens")

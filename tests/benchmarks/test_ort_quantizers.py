@@ -11,7 +11,7 @@ import pytest
 
 import benchmarks.ort_quantizers as program
 from benchmarks.confined import Outcome
-from benchmarks.ort_quantizers import BASELINE, Entry, entries, judge, made, make, with_head
+from benchmarks.ort_quantizers import BASELINE, Entry, entries, judge, judged, made, make
 from benchmarks.ort_table import row, table
 from benchmarks.quantizers import ORT, OURS, StoredBatches, by_onnxpress, by_onnxruntime, store
 from calib_data.batches import Batches
@@ -82,7 +82,10 @@ def test_a_graph_that_cannot_be_opened_is_a_row(
     target = tmp_path / "model.onnx"
     # it takes the Attention of ONNX for the one of its own that it has an int8 version of
     by_onnxruntime(folder / "float.onnx", target, folder / "calibration.npz", ORT["dynamic"])()
-    found = judge(Entry("ort-dynamic", target, {}), checkpoint, None, tmp_path)
+    entry = Entry("ort-dynamic", target, {})
+    assert judged(entry, tmp_path) is None
+    judge(entry, checkpoint, None, tmp_path)
+    found = judged(entry, tmp_path)
     assert isinstance(found, str)
     assert "cannot be opened by ONNX Runtime" in found
     assert str(tmp_path) not in found
@@ -96,19 +99,6 @@ def test_ours_is_what_the_stage_makes_of_the_same_batches(folder: Path, tmp_path
     assert found.quantization is not None
     assert found.quantization["scheme"] == "static"
     assert found.lineage[-1]["data"] == StoredBatches(data).fingerprint
-
-
-def test_a_graph_without_pooling_is_pooled(folder: Path, checkpoint: Checkpoint) -> None:
-    batch = next(iter(StoredBatches(folder / "calibration.npz")))
-    outputs = checkpoint.predict(batch)
-
-    def hidden(_: object) -> dict[str, np.ndarray]:
-        return {"last_hidden_state": outputs["token_embeddings"]}
-
-    found = with_head(checkpoint, hidden)(batch)["sentence_embedding"]
-    assert found == pytest.approx(outputs["sentence_embedding"], abs=1e-6)
-    whole = with_head(checkpoint, lambda batch: outputs)(batch)
-    assert whole is outputs, "a graph that pools is left to do so"
 
 
 def test_a_float_graph_comes_before_what_is_made_of_it() -> None:
@@ -195,4 +185,8 @@ def test_the_program_makes_judges_and_times(
         assert r["failure"] is None
         assert -100 <= r["quality"] <= 100
         assert r["latency"]["2 × 8"]["median_seconds"] > 0
-    assert capsys.readouterr().out.count("\n") == 2 + 2
+    table = capsys.readouterr().out
+    assert table.count("\n") == 2 + 2
+    monkeypatch.setattr(sys, "argv", ["ort_quantizers", *words, "--steps", "make"])
+    program.main()
+    assert capsys.readouterr().out == table, "what was known is told again"
