@@ -8,7 +8,7 @@ process per graph, interleaved rounds, all outputs fetched.
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,16 +40,16 @@ def export_plainly(checkpoint: Checkpoint, path: Path) -> None:
     program.save(str(path))
 
 
-def measure(
-    graphs: Sequence[str],
-    samples: dict[str, dict[str, np.ndarray]],
+def time_graphs(
+    graphs: Mapping[str, str],
+    samples: Mapping[str, Mapping[str, np.ndarray]],
     rounds: int,
     threads: int,
-) -> list[str]:
-    """Return the lines of a Markdown table, one per shape and graph; the first is the baseline."""
+    seconds: float = _SECONDS,
+) -> dict[tuple[str, str], list[list[float]]]:
+    """Return the seconds of each call by (shape, graph), a list a round; `graphs` are paths by name."""
     times: dict[tuple[str, str], list[list[float]]] = {}
-    variants = [Variant(graph, graph, "onnx") for graph in graphs]
-    opened = [Worker(variant, "cpu", threads) for variant in variants]
+    opened = [Worker(Variant(name, path, "onnx"), "cpu", threads) for name, path in graphs.items()]
     try:
         for worker in opened:
             worker.load()
@@ -57,16 +57,28 @@ def measure(
             for _ in range(1 + rounds):  # the first to warm up
                 for worker in opened:
                     key = shape, worker.variant.name
-                    times.setdefault(key, []).append(worker.time(sample, _SECONDS))
+                    times.setdefault(key, []).append(worker.time(sample, seconds))
     finally:
         for worker in opened:
             worker.__exit__()
+    return {key: spent[1:] for key, spent in times.items()}
+
+
+def measure(
+    graphs: Sequence[str],
+    samples: dict[str, dict[str, np.ndarray]],
+    rounds: int,
+    threads: int,
+    seconds: float = _SECONDS,
+) -> list[str]:
+    """Return the lines of a Markdown table, one per shape and graph; the first is the baseline."""
+    times = time_graphs({graph: graph for graph in graphs}, samples, rounds, threads, seconds)
     lines = [
         "| shape | graph | median, ms | of the plain graph's | 95 % interval |",
         "|---|---|---|---|---|",
     ]
-    for (shape, name), (_, *spent) in times.items():
-        ratios = round_ratios(times[shape, graphs[0]][1:], spent)  # of the times, not of the speeds
+    for (shape, name), spent in times.items():
+        ratios = round_ratios(times[shape, graphs[0]], spent)  # of the times, not of the speeds
         low, high = sign_interval(ratios)
         median = 1000 * percentile([percentile(calls, 50) for calls in spent], 50)
         label = "plain" if name == graphs[0] else "/".join(Path(name).parts[-2:])

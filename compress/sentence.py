@@ -52,11 +52,14 @@ class SentenceEncoder(Wrapper):
     def forward(self, **inputs: Tensor) -> Mapping[str, Tensor]:
         """Return token_embeddings (batch, sequence, width) and sentence_embedding (batch, width)."""
         hidden = named_outputs(self.backbone, inputs)["last_hidden_state"]
-        pooled = torch.cat([pool(hidden, inputs["attention_mask"], m) for m in self.modes], dim=-1)
-        vector = self.projections(pooled)
-        if self.normalize:
-            vector = F.normalize(vector, p=2, dim=1)
+        vector = self.embed(hidden, inputs["attention_mask"])
         return {"token_embeddings": hidden, "sentence_embedding": vector}
+
+    def embed(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Return what the layers after the transformer make of its states, (batch, width)."""
+        pooled = torch.cat([pool(hidden, mask, mode) for mode in self.modes], dim=-1)
+        vector: Tensor = self.projections(pooled)
+        return F.normalize(vector, p=2, dim=1) if self.normalize else vector
 
 
 def is_sentence_directory(directory: Path) -> bool:

@@ -178,6 +178,8 @@ def _quantize_text(result: dict[str, Any]) -> str:
         f"{result['bytes_before'] / 1e6:.1f} → {result['bytes_after'] / 1e6:.1f} MB of weights",
         _drift_line(result),
     ]
+    if "note" in result:
+        lines.append(result["note"])
     if "sensitivity" in result:
         lines += _sensitivity_lines(result["sensitivity"])
     if "budget" in result:
