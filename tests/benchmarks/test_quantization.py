@@ -29,13 +29,7 @@ def every(tmp_path: Path) -> list[Subject]:
     return list(subjects(Path("data"), Path("models"), tmp_path, tmp_path))
 
 
-_ARRIVES = pytest.mark.xfail(reason="`compress quantize --scheme static` is to come", strict=True)
-
-
-@pytest.mark.parametrize(
-    "scheme",
-    [pytest.param(name, marks=[_ARRIVES] if name == "static" else []) for name in SCHEMES],
-)
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_step_is_a_command(scheme: str, every: list[Subject], tmp_path: Path) -> None:
     groups = {"compress": compress_group, "export": export_group}
     for subject in every:
