@@ -56,11 +56,12 @@ def check_same(first: Checkpoint, second: Checkpoint) -> None:
 
 def variants(checkpoint: Checkpoint) -> dict[str, Checkpoint]:
     pruned = apply_plan(checkpoint, random_plan(checkpoint))
+    skip = "fc1" if hasattr(checkpoint.module, "fc1") else "*.0.*"
     return {
         "plain": checkpoint,
         "pruned": pruned,
         "int8": quantize(checkpoint, QuantizeConfig()).checkpoint,
-        "pruned int8": quantize(pruned, QuantizeConfig(skip=("*.0.*",))).checkpoint,
+        "pruned int8": quantize(pruned, QuantizeConfig(skip=(skip,))).checkpoint,
     }
 
 
