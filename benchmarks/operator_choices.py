@@ -173,6 +173,12 @@ def _layer_norm(add: str) -> Build:
     return lambda g, d: g.op("LayerNormalization", g.op(add, d.x, d.y), d.scale, d.bias)
 
 
+def _layer_norm_apart(g: Graph, d: Any) -> Operand:
+    width = len(d.scale)
+    total = g.op("Reshape", g.op("Add", d.x, d.y), _ints(0, 0, 1, width))
+    return g.op("Reshape", g.op("LayerNormalization", total, d.scale, d.bias), _ints(0, 0, width))
+
+
 def _layer_norm_keeping(add: str) -> Build:
     def build(g: Graph, d: Any) -> tuple[Operand, ...]:
         total = g.op(add, d.x, d.y)
@@ -408,6 +414,40 @@ def _linear_int8(g: Graph, d: Any) -> Operand:
     return _int8_product(g, _quantized(g, d.x), d.weight, d.bias)
 
 
+_STEP = np.float32(10 / 255)  # of inputs that are normal
+
+
+def _linear_fixed(kind: type = np.uint8) -> Build:
+    def build(g: Graph, d: Any) -> Operand:
+        values, scale = _int8_weight(d.weight)
+        step = np.array(_STEP)
+        zero: np.ndarray = np.array(128 if kind == np.uint8 else 0, kind)
+        rounded = g.op("QuantizeLinear", d.x, step, zero)
+        kernel = "com.microsoft.MatMulIntegerToFloat"
+        return g.op(kernel, rounded, values, step, scale, zero, None, d.bias)
+
+    return build
+
+
+def _linear_standard(product: str) -> Build:
+    def build(g: Graph, d: Any) -> Operand:
+        values, scale = _int8_weight(d.weight)
+        step, zero = np.array(_STEP), np.array(128, np.uint8)
+        x: Operand = d.x
+        if product == "Gemm":
+            x = g.op("Reshape", d.x, _ints(-1, len(values)))
+        x = g.op("DequantizeLinear", g.op("QuantizeLinear", x, step, zero), step, zero)
+        weight = g.op("DequantizeLinear", values, scale, np.zeros(len(scale), np.int8), axis=1)
+        bias_steps = np.round(d.bias / (step * scale)).astype(np.int32)
+        bias = g.op("DequantizeLinear", bias_steps, step * scale, axis=0)
+        if product == "MatMul":
+            return g.op("Add", g.op("MatMul", x, weight), bias)
+        target = g.op("Concat", g.op("Shape", d.x, end=-1), _ints(len(scale)), axis=0)
+        return g.op("Reshape", g.op("Gemm", x, weight, bias), target)
+
+    return build
+
+
 def _linear_blocks(bits: int, accuracy: int, size: int = 32) -> Build:
     def build(g: Graph, d: Any) -> Operand:
         inputs, outputs = d.weight.shape
@@ -578,12 +618,12 @@ def _embedding_data(
     )
 
 
-def _embedding(add: str) -> Build:
+def _embedding(add: str, apart: bool = False) -> Build:
     def build(g: Graph, d: Any) -> Operand:
         tables = (d.words, d.positions, d.types)
         words, places, types = (g.op("Gather", t, ids) for t, ids in zip(tables, d.wide))
-        total = g.op(add, g.op("Add", words, types), places)
-        return g.op("LayerNormalization", total, d.scale, d.bias)
+        both = SimpleNamespace(**{**vars(d), "x": g.op("Add", words, types), "y": places})
+        return (_layer_norm_apart if apart else _layer_norm(add))(g, both)
 
     return build
 
@@ -616,9 +656,13 @@ CHOICES = (
         {
             "Add, LayerNormalization": Alternative(_layer_norm("Add")),
             "Sum, LayerNormalization": Alternative(_layer_norm("Sum")),
+            "Add, LayerNormalization between reshapes": Alternative(_layer_norm_apart),
             "SkipLayerNormalization": Alternative(_skip_norm),
         },
-        {"cpu": "Sum, LayerNormalization", "cuda": "Add, LayerNormalization"},
+        {
+            "cpu": "Add, LayerNormalization between reshapes",
+            "cuda": "Add, LayerNormalization",
+        },
         widths=_HIDDEN,
     ),
     Choice(
@@ -632,7 +676,7 @@ CHOICES = (
             "Sum, LayerNormalization": Alternative(_layer_norm_keeping("Sum")),
             "SkipLayerNormalization": Alternative(_skip_norm_keeping),
         },
-        {"cpu": "Sum, LayerNormalization", "cuda": "Add, LayerNormalization"},
+        _both("Add, LayerNormalization"),
         widths={"hidden": 768},
     ),
     Choice(
@@ -745,6 +789,25 @@ CHOICES = (
         widths=_QKV,
     ),
     Choice(
+        "linear layer, fixed steps",
+        _rows_data,
+        "rows",
+        ((1,), (32,), (1024,)),
+        (5,),
+        {
+            "QuantizeLinear, MatMulIntegerToFloat": Alternative(_linear_fixed()),
+            "the same, int8 inputs": Alternative(_linear_fixed(np.int8), 0.02),
+            "QuantizeLinear, DequantizeLinear, Gemm": Alternative(_linear_standard("Gemm"), 1e-3),
+            "the same, MatMul and Add": Alternative(_linear_standard("MatMul"), 1e-3),
+            "DynamicQuantizeLinear, MatMulInteger": Alternative(_linear_int8, 0.05),
+        },
+        {
+            "cpu": "QuantizeLinear, MatMulIntegerToFloat",
+            "cuda": "QuantizeLinear, DequantizeLinear, Gemm",
+        },
+        widths={"inputs": 384, "outputs": 1536},
+    ),
+    Choice(
         "linear layer, fewer bits",
         _rows_data,
         "rows",
@@ -838,9 +901,15 @@ CHOICES = (
         {
             "Gather, Add, LayerNormalization": Alternative(_embedding("Add")),
             "Gather, Add, Sum, LayerNormalization": Alternative(_embedding("Sum")),
+            "Gather, Add, LayerNormalization between reshapes": Alternative(
+                _embedding("Add", apart=True)
+            ),
             "EmbedLayerNormalization": Alternative(_embedding_fused),
         },
-        {"cpu": "Gather, Add, Sum, LayerNormalization", "cuda": "Gather, Add, LayerNormalization"},
+        {
+            "cpu": "Gather, Add, LayerNormalization between reshapes",
+            "cuda": "Gather, Add, LayerNormalization",
+        },
         copies=1,
         widths={"vocabulary": 8192, "longest": 512, "hidden": 384},
     ),

@@ -133,13 +133,23 @@ def _off(
             if error[0] <= rms and error[1] <= largest:
                 return None
             if nearest is None or error[0] < nearest[0]:
-                node = value.producer()
                 told = (
                     f"graph mean {real.mean():.4g}, spread {real.std():.4g}; "
                     f"source mean {y_real.mean():.4g}, spread {y_real.std():.4g}"
                 )
-                nearest = error[0], node.op_type if node else "input", told
+                nearest = error[0], _operator(value), told
     return nearest[1:] if nearest else None
+
+
+def _operator(value: ir.Value) -> str:
+    """Return what computes a value, whatever lays it out afterwards."""
+    node = value.producer()
+    while node is not None and node.op_type in ("Reshape", "Transpose") and node.inputs[0]:
+        source = node.inputs[0].producer()
+        if source is None or source.metadata_props.get(MODULE) != node.metadata_props.get(MODULE):
+            break
+        node = source
+    return node.op_type if node is not None else "input"
 
 
 def _layouts(array: np.ndarray, shape: tuple[int, ...]) -> Iterator[np.ndarray]:

@@ -20,7 +20,7 @@ from export.passes.identities import identities_
 from export.passes.open_masks import open_masks_
 from export.passes.packed_projections import packed_projections_
 from export.passes.plain_padding_mask import plain_padding_mask_
-from export.passes.residual_as_sum import residual_as_sum_
+from export.passes.residual_apart import residual_apart_
 from export.passes.rotary import rotary_
 from export.passes.shared_weights import shared_weights_
 from export.passes.softmax_attention import softmax_attention_
@@ -56,6 +56,6 @@ _LAST: tuple[Pass, ...] = (
 
 PASSES: dict[str, tuple[Pass, ...]] = {
     "portable": (*_PLAIN, standard_blocks_, *_LAST),
-    "cpu": (*_PLAIN, *_FUSED, residual_as_sum_, unsigned_activations_, *_LAST),
+    "cpu": (*_PLAIN, *_FUSED, residual_apart_, unsigned_activations_, *_LAST),
     "cuda": (*_PLAIN, *_FUSED, *_LAST),
 }

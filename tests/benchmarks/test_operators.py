@@ -56,11 +56,12 @@ def test_copies_are_not_merged(tmp_path: Path) -> None:
 
 
 def test_what_a_residual_runs_as(tmp_path: Path) -> None:
-    """The reason for decision 3: the runtime fuses `Add`, and leaves `Sum` alone."""
+    """The reason for decision 3: the runtime fuses `Add`, and leaves `Sum` and reshapes alone."""
     choice = find("residual before LayerNormalization")
     fused = {"SkipLayerNormalization": 1}
     apart = {"LayerNormalization": 1, "Sum": 1}
-    for name, expected in zip(choice.alternatives, (fused, apart, fused)):
+    between = {"LayerNormalization": 1, "Add": 1, "Reshape": 2}
+    for name, expected in zip(choice.alternatives, (fused, apart, between, fused), strict=True):
         assert runs_as(saved(choice, name, tmp_path)[0], "cpu", 1) == expected
 
 

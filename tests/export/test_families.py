@@ -149,7 +149,9 @@ def test_pruned_and_static(family: str, tmp_path: Path) -> None:
     found = held_to_the_gate(made, tmp_path)
     layers = [m for m in made.module.modules() if isinstance(m, StaticInt8Linear)]
     assert found["MatMulIntegerToFloat"] >= len(layers)  # the graphs of a pair share some
-    assert found["MatMul"] == found["Gemm"] == 0
+    # DeBERTa's attention compares relative positions outside the operator
+    assert found["MatMul"] == (8 if family == "deberta-v2" else 0)
+    assert found["Gemm"] == 0
 
 
 def pruned(checkpoint: Checkpoint) -> Checkpoint:

@@ -93,7 +93,7 @@ def attribute(operator: str, name: str, factor: float) -> Change:
 
 
 def without_residual(model: ir.Model) -> None:
-    node = [n for n in model.graph if n.op_type == "Sum"][-1]
+    node = [n for n in model.graph if n.op_type == "Add"][-1]
     node.replace_input_with(0, node.inputs[1])
 
 
