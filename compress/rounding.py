@@ -3,7 +3,9 @@
 GPTQ (Frantar et al. 2022, arXiv:2210.17323): the inputs are gone through one after another, and what
 rounding one weight does to an output is made up for by the weights not yet rounded, as well as the
 second moment H = E[x xᵀ] of the inputs allows. An output whose weights are off by e is off by
-e·H·eᵀ in the mean square.
+e·H·eᵀ in the mean square. With R upper triangular and R Rᵀ = H that is |e·R|², a sum with a term for
+each input, in which it and those before it occur; a weight is rounded from where its term is zero. That
+needs no inverse of H.
 
 Scales are chosen before, from the weights as they were; those of blocks do not wait until their
 inputs are reached, as in the paper. So the inputs that weigh most come first even where blocks share
@@ -55,33 +57,30 @@ def gptq(
     `moment` (in, in) is that of the inputs. `scale` and the bounds `low` and `high` of the numbers are
     for each weight, or broadcast to that.
     """
-    rows = [
-        torch.as_tensor(x, device=weight.device).expand(weight.shape) for x in (scale, low, high)
-    ]
+    bounds = (scale, low, high)
+    rows = [torch.as_tensor(x, device=weight.device).expand(weight.shape) for x in bounds]
     order = moment.diagonal().argsort(descending=True)  # the others still make up for the heaviest
-    upper = _feedback(moment[order][:, order])
-    work = weight.detach().float()[order]
-    numbers = torch.empty_like(work)
+    factor = _factor(moment[order][:, order])
+    upper = factor / factor.diagonal()  # column i: what the errors before it move input i by
+    exact = weight.detach().float()[order]
+    wanted, numbers = exact.clone(), torch.empty_like(exact)
     for start in range(0, len(order), _STRIDE):
-        chosen = slice(start, start + _STRIDE)
-        part, factor = work[chosen], upper[chosen]
-        errors = torch.empty_like(part)
-        for i, (row, place) in enumerate(zip(part, order[chosen].tolist())):
+        end = min(start + _STRIDE, len(order))
+        errors = torch.empty_like(exact[start:end])
+        for i, place in enumerate(order[start:end].tolist(), start):
             step, least, most = (x[place] for x in rows)
-            number = (row / step).round_().clamp_(least, most)
-            numbers[place] = number
-            errors[i] = (row - number * step) / factor[i, start + i]
-            part[i + 1 :] -= torch.outer(factor[i, start + i + 1 : start + len(part)], errors[i])
-        work[start + len(part) :] -= factor[:, start + len(part) :].T @ errors
+            numbers[place] = (wanted[i] / step).round_().clamp_(least, most)
+            errors[i - start] = exact[i] - numbers[place] * step
+            wanted[i + 1 : end] += torch.outer(upper[i, i + 1 : end], errors[i - start])
+        wanted[end:] += upper[start:end, end:].T @ errors
     return numbers
 
 
-def _feedback(moment: Tensor) -> Tensor:
-    """Return the upper triangular U (in, in), float32, with Uᵀ U the inverse of the damped moment.
+def _factor(moment: Tensor) -> Tensor:
+    """Return the upper triangular R (in, in), float32, with R Rᵀ the damped moment.
 
-    Row i tells how far the inputs after i make up for an error in i. With R upper triangular and
-    R Rᵀ = H it is R⁻¹, and R is the Cholesky factor of H with its axes reversed. An input that was
-    never anything but zero makes up for none and is rounded to nearest.
+    It is the Cholesky factor of the moment with its axes reversed. An input that was never anything
+    but zero makes up for none and is rounded to nearest.
     """
     damped = moment.double().flip(0, 1)
     diagonal = damped.diagonal()
@@ -94,8 +93,7 @@ def _feedback(moment: Tensor) -> Tensor:
         added = share
         factor, failed = torch.linalg.cholesky_ex(damped)
         if not failed and factor.isfinite().all():
-            one = torch.eye(len(damped), dtype=damped.dtype, device=damped.device)
-            return torch.linalg.solve_triangular(factor, one, upper=False).flip(0, 1).float()
+            return factor.flip(0, 1).float()
     raise DataError(
         "what this layer was given during calibration has no finite second moment; "
         "check the data, or round to nearest"
