@@ -30,7 +30,6 @@ from benchmarks.worker import WorkerError, resident_peak
 _MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 PLAIN, OURS = "forward pass", "calibration"
 _METHODS = {"min-max": "MinMax", "percentile": "Percentile", "entropy": "Entropy"}
-_RAN_OUT = "out of memory"
 
 
 @dataclass(frozen=True)
@@ -124,9 +123,7 @@ def _serve(work: Work, pipe: Connection) -> None:
     except EOFError:
         return
     except Exception as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())
-        short = isinstance(error, MemoryError) or "alloc" in told.lower()
-        pipe.send(_RAN_OUT if short else told[:200])
+        pipe.send(" ".join(f"{type(error).__name__}: {error}".split())[:120])
 
 
 def _prepared(work: Work) -> Callable[[], float]:
@@ -221,33 +218,33 @@ def _opened(work: Work) -> tuple[Any, Any]:
     return checkpoint, batches
 
 
-def memory_table(work: Work, counts: Sequence[int]) -> list[str]:
-    """Return a Markdown table of the peak memory and seconds of a pass, by samples."""
-    lines = ["| pass | samples | peak memory, MB | seconds |", "|---|---|---|---|"]
+def memory_table(work: Work, counts: Sequence[int]) -> Iterator[str]:
+    """Yield a Markdown table of the peak memory and seconds of a pass, by samples."""
+    yield from ("| pass | samples | peak memory, MB | seconds |", "|---|---|---|---|")
     for count in counts:
         for what in (PLAIN, OURS):
-            lines.append(_row(replace(work, what=what, samples=count)))
-    return lines
+            yield _row(replace(work, what=what, samples=count))
 
 
-def others_table(work: Work, count: int, limit: int) -> list[str]:
-    """Return rows for ONNX Runtime's calibrators, each over `count` samples."""
+def others_table(work: Work, count: int, limit: int) -> Iterator[str]:
+    """Yield rows for ONNX Runtime's calibrators, each over `count` samples."""
     from compress.loading import open_checkpoint
 
     with tempfile.TemporaryDirectory() as folder:
         graph = Path(folder) / "plain.onnx"
         export_plainly(open_checkpoint(work.model), graph)
         theirs = replace(work, samples=count, graph=str(graph), limit=limit)
-        return [_row(replace(theirs, what=method)) for method in _METHODS]
+        for method in _METHODS:
+            yield _row(replace(theirs, what=method))
 
 
 def _row(work: Work) -> str:
     made = once(work)
     name = work.what if work.what in (PLAIN, OURS) else f"ONNX Runtime, {work.what}"
     if isinstance(made, str):
-        above = f"above {work.limit / 1e6:.0f}" if work.limit and made == _RAN_OUT else made
-        return f"| {name} | {work.samples} | {above} | – |"
-    return f"| {name} | {work.samples} | {made.peak / 1e6:.0f} | {made.seconds:.1f} |"
+        within = f"not within {work.limit / 1e6:.0f}: " if work.limit else ""
+        return f"| {name} | {work.samples} | {within}{made} | – |"
+    return f"| {name} | {work.samples} | {made.peak / 1e6:.0f} | {made.seconds:.2f} |"
 
 
 def main() -> None:
@@ -270,20 +267,20 @@ def main() -> None:
     work = Work(OURS, given.model, given.round_samples, given.tokens, threads=given.threads)
     here = Environment.here("cpu", given.threads)
     versions = ", ".join(f"{name} {version}" for name, version in here.versions.items())
-    lines = [
-        f"{here.cpu}, {here.threads} threads; {versions}; load before: {here.load_average}.",
-        "",
-    ]
+    print(f"{here.cpu}, {here.threads} threads; {versions}; load before: {here.load_average}.\n")
     if given.only != "memory":
         found = ratios(work, replace(work, what=PLAIN), given.rounds)
         low, high = sign_interval(found)
         median = percentile(found, 50)
-        lines += [f"Calibration takes {median:.3f} ({low:.3f}–{high:.3f}) × a forward pass.", ""]
+        print(
+            f"Calibration takes {median:.3f} ({low:.3f}–{high:.3f}) × a forward pass.\n", flush=True
+        )
     if given.only != "time":
-        lines += memory_table(work, [int(count) for count in given.samples.split(",")])
+        for line in memory_table(work, [int(count) for count in given.samples.split(",")]):
+            print(line, flush=True)
         if given.others:
-            lines += others_table(work, given.others, int(given.limit * 1e9))
-    print("\n".join(lines))
+            for line in others_table(work, given.others, int(given.limit * 1e9)):
+                print(line, flush=True)
 
 
 if __name__ == "__main__":

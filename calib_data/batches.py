@@ -21,6 +21,7 @@ ROWS = "rows"  # (B,) int64, the examples that a batch holds, where `Batches.num
 TARGETS = ("labels", "scores", ROWS)  # what a batch carries besides the inputs of the model
 TEACHER = "teacher_"  # how the inputs begin that are for a teacher with a processor of its own
 POOL = 50  # batches that are sorted together when shuffling
+_AT_ONCE = 256  # texts that are encoded: a tokenizer makes far more of each than is kept
 
 
 @dataclass(frozen=True)
@@ -230,19 +231,19 @@ class Texts:
             texts = [examples.column("text_pair" if field == "text_pair" else "text")]
         if max_length is not None:
             max_length = min(max_length, tokenizer.model_max_length)
-        encoded = tokenizer(
-            *texts,
-            padding=False,
-            truncation=max_length is not None,
-            max_length=max_length,
-            return_attention_mask=True,
-        )
-        names = [
-            name for name in encoded if name in {"attention_mask", *tokenizer.model_input_names}
-        ]
-        self._columns = {
-            name: [np.asarray(row, dtype=np.int64) for row in encoded[name]] for name in names
-        }
+        self._columns: dict[str, list[np.ndarray]] = {}
+        for start in range(0, len(texts[0]), _AT_ONCE):
+            encoded = tokenizer(
+                *(column[start : start + _AT_ONCE] for column in texts),
+                padding=False,
+                truncation=max_length is not None,
+                max_length=max_length,
+                return_attention_mask=True,
+            )
+            for name in encoded:
+                if name in {"attention_mask", *tokenizer.model_input_names}:
+                    rows = [np.asarray(row, dtype=np.int64) for row in encoded[name]]
+                    self._columns.setdefault(name, []).extend(rows)
         self.lengths = np.array([len(row) for row in self._columns["input_ids"]])
         if not self.lengths.all():
             raise DataError(

@@ -108,7 +108,7 @@ def calibrate(
     return Calibration(inputs, batches.fingerprint, samples, unseen)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Tensor:
     """A tensor that came into layers in this run."""
 

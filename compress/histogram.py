@@ -1,8 +1,9 @@
 """How often a tensor's values fall where: a histogram that grows with them and keeps none of them."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache, partial
 
 import torch
@@ -14,7 +15,8 @@ BINS = 8192
 _HALF = BINS // 2
 # of the smallest range: below it, values are as good as zero, and bins a float32 could not index
 _SMALLEST = -100
-_CHUNK = 1 << 15  # values counted at a time: they stay in the cache, and torch keeps to one thread
+_CHUNK = 1 << 17  # values counted at a time: they stay in the cache
+_THREAD_CHUNK = 1 << 15  # by one of several threads: torch starts no threads of its own for so few
 _DEVICE_CHUNK = 1 << 24  # elsewhere than on the CPU
 
 
@@ -90,13 +92,26 @@ def _counted(flat: Tensor, scale: float) -> Tensor:
     """Return the counts (BINS,) int64 of `flat` × `scale`, rounded down, from −BINS / 2 on."""
     if flat.device.type != "cpu":
         return _count_serially(flat, scale, _DEVICE_CHUNK)
-    workers = min(torch.get_num_threads(), -(-len(flat) // (4 * _CHUNK)))
-    if workers == 1:
-        return _count_serially(flat, scale, _CHUNK)
-    # torch.bincount takes one thread, whatever their number: each gets a share of the values
+    # torch.bincount takes one thread, whatever their number. Two shares at once gain nothing on two
+    # cores, where torch's own second thread still spins for a while after each of its operators.
+    workers = min(torch.get_num_threads() // 2, -(-len(flat) // _CHUNK))
+    if workers <= 1:
+        with _one_thread():
+            return _count_serially(flat, scale, _CHUNK)
     shares = flat.split(-(-len(flat) // workers))
-    count: Callable[[Tensor], Tensor] = partial(_count_serially, scale=scale, chunk=_CHUNK)
+    count: Callable[[Tensor], Tensor] = partial(_count_serially, scale=scale, chunk=_THREAD_CHUNK)
     return torch.stack(list(_workers(workers).map(count, shares))).sum(0)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep torch to this thread: to wake others takes longer than their part of a chunk."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _count_serially(flat: Tensor, scale: float, chunk: int) -> Tensor:
@@ -105,11 +120,11 @@ def _count_serially(flat: Tensor, scale: float, chunk: int) -> Tensor:
     scaled = torch.empty(size, dtype=torch.float32, device=flat.device)
     bins = torch.empty(size, dtype=torch.int16, device=flat.device)
     for part in flat.split(size):
-        some = slice(len(part))
+        if len(part) < size:
+            scaled, bins = scaled[: len(part)], bins[: len(part)]
         # a power of two times a float32, and its floor, are exact; a shift by a half might not be
-        torch.mul(part, scale, out=scaled[some]).floor_()
-        bins[some].copy_(scaled[some]).add_(_HALF)
-        counts += torch.bincount(bins[some], minlength=BINS)
+        torch.mul(part, scale, out=scaled).floor_()
+        counts += torch.bincount(bins.copy_(scaled).add_(_HALF), minlength=BINS)
     return counts
 
 

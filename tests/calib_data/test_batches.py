@@ -242,3 +242,15 @@ def test_masked_batches_are_not_steady() -> None:
     objective = Masked(tiny_tokenizer())
     masked = Batches(plain.examples, tiny_tokenizer(), batch_size=8, objective=objective)
     assert not masked.steady()
+
+
+def test_texts_are_encoded_in_parts_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = Examples(
+        datasets.Dataset.from_dict({"text": SENTENCES[:10], "text_pair": SENTENCES[3:13]}), "pairs"
+    )
+    whole = Batches(pairs, tiny_tokenizer(), batch_size=4, max_length=9)
+    monkeypatch.setattr("calib_data.batches._AT_ONCE", 3)
+    parts = Batches(pairs, tiny_tokenizer(), batch_size=4, max_length=9)
+    assert parts.fingerprint == whole.fingerprint
+    for one, other in zip(whole, parts, strict=True):
+        assert all(value.equal(other[name]) for name, value in one.items())

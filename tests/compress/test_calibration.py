@@ -275,6 +275,23 @@ def test_model_is_left_as_it_was() -> None:
     assert not any(module._forward_pre_hooks for module in checkpoint.module.modules())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_sees_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = tiny_checkpoint("bert")
+    names, batches = layers(checkpoint), SampledBatches(checkpoint)
+    found = calibrate(checkpoint, names, batches, moments=True)
+    assert {value.device.type for value in checkpoint.module.state_dict().values()} == {"cpu"}
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    expected = calibrate(checkpoint, names, batches, moments=True)
+    for name, stats in expected.inputs.items():
+        theirs = found.inputs[name]
+        assert (stats.count, stats.histogram.count) == (theirs.count, theirs.histogram.count)
+        for field in ("channel_max", "channel_mean", "moment"):
+            torch.testing.assert_close(
+                getattr(stats, field), getattr(theirs, field), rtol=1e-3, atol=1e-3
+            )
+
+
 @pytest.mark.parametrize("moments", [False, True])
 @pytest.mark.parametrize("family", ["bert", "albert"])
 def test_killed_run_goes_on_to_the_same_bits(

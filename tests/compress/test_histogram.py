@@ -57,13 +57,14 @@ def test_values_beside_an_edge_fall_right() -> None:
     assert same(of(tiny, beside), made)
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("threads", [1, 2, 6])
 def test_threads_share_the_work(threads: int) -> None:
     x = values(700, 1001)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         made = of(x)
+        assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
     expected = np.histogram(x.double().flatten().numpy(), made.edges().numpy())[0]
