@@ -77,13 +77,13 @@ def test_weight_only(place: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert small["modules"] > 0
     told = must("compress", "inspect", tmp_path / "small")
-    expected = {
+    settings = {
         "scheme": "weight-only",
         "skip": ["encoder.layer.0.*"],
         "bits": 8,
         "block_size": 16,
     }
-    assert told["lineage"][-1]["settings"].items() >= expected.items()
+    assert told["lineage"][-1]["settings"].items() >= settings.items()
     exported = must("export", "onnx", tmp_path / "small", "-o", tmp_path / "onnx")
     assert exported["parity"]["passed"]
 
