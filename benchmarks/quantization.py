@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.config import usable_cores
-from benchmarks.quantization_subjects import LOWER_IS_BETTER, SCHEMES, Subject, subjects
+from benchmarks.quantization_subjects import CALIBRATED, LOWER_IS_BETTER, SCHEMES, Subject, subjects
 from benchmarks.report import Environment
 from benchmarks.worker import Variant, Worker
 from calib_data.errors import OnnxPressError
@@ -54,7 +54,7 @@ class Figure:
 
 def commands(subject: Subject, scheme: str, folder: Path) -> Iterator[tuple[Path, list[str]]]:
     """Yield what makes a quantized graph: what each command writes, and its arguments."""
-    calibration = subject.calibration if scheme == "static" else ()
+    calibration = subject.calibration if scheme in CALIBRATED else ()
     small, graph = folder / scheme, folder / f"{scheme}.onnx"
     quantize = ["compress", "quantize", subject.model, *SCHEMES[scheme], *calibration]
     yield small, [*quantize, "-o", str(small)]
