@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from calib_data.errors import ConfigError, ModelError
+from compress.apply_plan import apply_plan, mask_units_
 from compress.blocks import find_groups
 from compress.checkpoint import Checkpoint, parameter_count, weights_sha256
 from compress.plan import PrunePlan
-from compress.prune import PruneConfig, apply_plan, mask_units_, prune
+from compress.prune import PruneConfig, prune
 from compress.quantize import quantize
 from compress.quantize_config import QuantizeConfig
 from compress.signature import named_outputs

@@ -11,9 +11,9 @@ import transformers
 
 import compress.resize
 from calib_data.errors import DataError, ModelError
+from compress.apply_plan import apply_plan
 from compress.checkpoint import Checkpoint, weights_sha256
 from compress.loading import open_checkpoint
-from compress.prune import apply_plan
 from compress.sizes import StudentShape, build
 from compress.students import layer_stacks, make_student
 from tests.compress.test_prune import random_plan
