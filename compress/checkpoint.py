@@ -28,7 +28,8 @@ MANIFEST = "onnxpress.json"
 class Checkpoint:
     """A module in eval mode with its task, processor, signature and history.
 
-    `structure` maps a block's name to the units it keeps where that differs from the config;
+    `structure` maps a block's name to the number of units it keeps where that differs from the
+    config, and a stack's of a user's own module to the layers it keeps (see `surgery.resize_`);
     `quantization` holds the scheme's settings and the names of the quantized modules, `adapters` the
     method's settings and the names of the adapted ones.
     """
@@ -37,7 +38,7 @@ class Checkpoint:
     task: str
     signature: Signature
     processor: Any = None  # a tokenizer, an image processor, an ImageShape, or None
-    structure: Mapping[str, int] = field(default_factory=dict)
+    structure: Mapping[str, Any] = field(default_factory=dict)
     quantization: Mapping[str, Any] | None = None
     adapters: Mapping[str, Any] | None = None
     lineage: tuple[Mapping[str, Any], ...] = ()

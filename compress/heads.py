@@ -148,7 +148,7 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _take_over_(module: Any, checkpoint: Checkpoint) -> tuple[tuple[str, ...], dict[str, int]]:
+def _take_over_(module: Any, checkpoint: Checkpoint) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Give `module` the transformer of `checkpoint`; return what stays new, and the structure."""
     source: Any = checkpoint.backbone
     old, new = _prefix(source), _prefix(module)

@@ -15,7 +15,8 @@ from compress.apply_plan import apply_plan
 from compress.checkpoint import Checkpoint, weights_sha256
 from compress.loading import open_checkpoint
 from compress.sizes import StudentShape, build
-from compress.students import layer_stacks, make_student
+from compress.stacks import layer_stacks
+from compress.students import make_student
 from tests.compress.test_prune import random_plan
 from tests.compress.test_sentence import change
 from tests.tiny import (
