@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from compress.stacks import droppable_stacks
 SCHEMA = 1  # raised when tables of older versions would mislead
 _LEVELS = (2 / 3, 1 / 4)  # of a block's units, at which it is timed
 _STEP = 16  # numbers of neurons that are timed are multiples of it
+_WHOLE = "whole"
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu", "torch")  # that make the graph and run it
 
 Curve = tuple[tuple[int, float], ...]  # (units, milliseconds of one block), ascending from (0, 0)
@@ -39,8 +40,14 @@ Curve = tuple[tuple[int, float], ...]  # (units, milliseconds of one block), asc
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Milliseconds of one call, part by part; `milliseconds` is that of the whole graph."""
+    """Milliseconds of one call, part by part.
 
+    `milliseconds` is that of the whole graph, `relative` as a share of the reference's that it was
+    timed against, and `digest` tells what was measured where.
+    """
+
+    digest: str
+    relative: float
     milliseconds: float
     fixed: float
     layers: Mapping[str, float]  # one layer's own, by stack
@@ -62,6 +69,8 @@ class LatencyTable:
         """Return the table as JSON-able values."""
         return {
             "schema": SCHEMA,
+            "digest": self.digest,
+            "relative": self.relative,
             "milliseconds": self.milliseconds,
             "fixed": self.fixed,
             "layers": dict(self.layers),
@@ -78,9 +87,8 @@ class LatencyTable:
             name: tuple((int(units), float(ms)) for units, ms in curve)
             for name, curve in values["blocks"].items()
         }
-        return cls(
-            values["milliseconds"], values["fixed"], values["layers"], curves, values["conditions"]
-        )
+        plain = ("digest", "relative", "milliseconds", "fixed", "layers", "conditions")
+        return cls(blocks=curves, **{name: values[name] for name in plain})
 
 
 def block_classes(model: nn.Module) -> dict[str, str]:
@@ -111,8 +119,12 @@ def latency_table(
         pass  # not there, half a file, or of another version: it is measured anew
     plans = trials(checkpoint)
     made = {name: apply_plan(checkpoint, plan) for name, plan in plans.items()}
-    timed = yardstick.time({"whole": checkpoint, **made}, progress)
-    table = solve(checkpoint, plans, timed, described["conditions"])
+    if checkpoint is not yardstick.reference:
+        made[_WHOLE] = checkpoint
+    timed = yardstick.time(made, progress)
+    table = replace(
+        solve(checkpoint, plans, timed), digest=digest, conditions=described["conditions"]
+    )
     with destination_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}")
@@ -155,42 +167,38 @@ def trials(checkpoint: Checkpoint) -> dict[str, PrunePlan]:
     for name, members in _members(checkpoint.backbone).items():
         for units in _sizes(members):
             keep = {g.key: tuple(range(units)) for g in members if units < g.units}
-            plans[f"{_short(name)}-{units}"] = PrunePlan(keep)
+            plans[_trial(name, units)] = PrunePlan(keep)
     for stack, layers in droppable_stacks(checkpoint.backbone).items():
         if len(layers) > 1:
-            half = range(len(layers) // 2)
-            plans[f"{stack}-{len(half)}"] = PrunePlan({}, {stack: tuple(half)})
+            half = len(layers) // 2
+            plans[_trial(stack, half)] = PrunePlan({}, {stack: tuple(range(half))})
     return plans
 
 
 def solve(
-    checkpoint: Checkpoint,
-    plans: Mapping[str, PrunePlan],
-    timed: Mapping[str, Timed],
-    conditions: Mapping[str, Any],
+    checkpoint: Checkpoint, plans: Mapping[str, PrunePlan], timed: Mapping[str, Timed]
 ) -> LatencyTable:
-    """Return the table that explains the times of the trials and of the "whole"."""
-    model = checkpoint.backbone
-    reference = timed["whole"].reference_milliseconds
+    """Return the table that explains the times of the trials, and of the whole if it was timed."""
+    model, groups = checkpoint.backbone, find_groups(checkpoint.backbone)
+    # one reference for all, of which each has its share: milliseconds by themselves drift
+    reference = float(np.median([found.reference_milliseconds for found in timed.values()]))
+    relative = timed[_WHOLE].relative if _WHOLE in timed else 1.0
     times = {name: found.relative * reference for name, found in timed.items()}
-    whole, curves = times["whole"], {}
+    whole, curves = relative * reference, {}
     for name, members in _members(model).items():
-        sizes = _sizes(members)
-        points = [(n, times[f"{_short(name)}-{n}"]) for n in sizes]
+        points = [(n, times[_trial(name, n)]) for n in _sizes(members)]
         curves[name] = _curve(members, [*points, (max(g.units for g in members), whole)])
-    table = LatencyTable(whole, 0.0, {}, curves, conditions)
-    cost = table.cost(model)
-    groups = find_groups(model)
-    layers = {}
+    table = LatencyTable("", relative, whole, 0.0, {}, curves, {})
+    cost, layers = table.cost(model), {}
     for stack, depth in cost.depth.items():
-        half = f"{stack}-{depth // 2}"
-        inside = [g for g in groups if (layer_of(g, [stack]) or ("", -1))[1] >= depth // 2]
-        if half in plans:
-            blocks = sum(cost.group(g, g.units) for g in inside)
-            layers[stack] = max(0.0, (whole - times[half] - blocks) / (depth - depth // 2))
+        half = depth // 2
+        if _trial(stack, half) in plans:
+            dropped = [g for g in groups if (layer_of(g, [stack]) or ("", -1))[1] >= half]
+            blocks = sum(cost.group(g, g.units) for g in dropped)
+            layers[stack] = max(0.0, whole - times[_trial(stack, half)] - blocks) / (depth - half)
     spent = sum(cost.group(g, g.units) for g in groups)
     spent += sum(ms * cost.depth[stack] for stack, ms in layers.items())
-    return LatencyTable(whole, max(0.0, whole - spent), layers, curves, conditions)
+    return replace(table, fixed=max(0.0, whole - spent), layers=layers)
 
 
 def _curve(members: list[Group], points: list[tuple[int, float]]) -> Curve:
@@ -225,6 +233,6 @@ def _sizes(members: list[Group]) -> list[int]:
     return sorted(size for size in sizes if size < most)
 
 
-def _short(name: str) -> str:
-    """Return a class's name as a file may be called."""
-    return re.sub(r"[^A-Za-z0-9]+", "-", name)
+def _trial(name: str, size: int) -> str:
+    """Return what a trial is called, which a file may be as well."""
+    return f"{re.sub(r'[^A-Za-z0-9]+', '-', name)}-{size}"

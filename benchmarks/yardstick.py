@@ -82,7 +82,7 @@ class Yardstick:
         for _, sequence in conditions.shapes:
             reference.check_length(sequence)
         self.conditions = conditions
-        self._reference = reference
+        self.reference = reference
         self._samples = [
             {
                 name: np.asarray(value)
@@ -110,7 +110,7 @@ class Yardstick:
         paths = {name: self._export(name, made, progress) for name, made in checkpoints.items()}
         reference = Path(self._folder.name) / f"{_REFERENCE}.onnx"
         if not reference.exists():
-            self._export(_REFERENCE, self._reference, progress)
+            self._export(_REFERENCE, self.reference, progress)
         found: dict[str, Timed] = {}
         for names in _batched(list(paths), _at_once(reference)):
             graphs = {_REFERENCE: reference, **{name: paths[name] for name in names}}

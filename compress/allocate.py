@@ -59,9 +59,13 @@ class Limits:
 
     def choices(self, group: Group) -> list[int]:
         """Return how many units `group` may keep, ascending."""
-        step = self.steps.get(group.kind, 1)
-        least = -(-self.minimum.get(group.kind, 1) // step) * step
+        least, step = self.least(group.kind), self.steps.get(group.kind, 1)
         return [*range(least, group.units, step), group.units]
+
+    def least(self, kind: Kind) -> int:
+        """Return the fewest units that a block of many keeps: the minimum in whole steps."""
+        step = self.steps.get(kind, 1)
+        return -(-self.minimum.get(kind, 1) // step) * step
 
 
 def allocate(

@@ -42,7 +42,9 @@ def _bytes(tensors: Iterable[Tensor]) -> float:
 def _bytes_per_unit(model: nn.Module, group: Group) -> float:
     """Return the bytes that go with one of the group's units."""
     taken = 0.0
-    seen: Mapping[str, Any] = {part.module: model.get_submodule(part.module) for part in group.parts}
+    seen: Mapping[str, Any] = {
+        part.module: model.get_submodule(part.module) for part in group.parts
+    }
     for part in group.parts:
         module = seen[part.module]
         features = part.width * part.copies

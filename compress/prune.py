@@ -130,10 +130,11 @@ def carry_out(
     """
     groups = find_groups(checkpoint.backbone)
     pruned = apply_plan(checkpoint, plan)
-    fitted: dict[str, float] = {}
+    fitted: dict[str, dict[str, float]] = {}
     if config.reconstruct and batches is not None and plan.keep:
         seen = moments(checkpoint, groups, batches, progress)
-        fitted = reconstruct_(pruned, checkpoint, plan, seen)
+        fits = reconstruct_(pruned, checkpoint, plan, seen)
+        fitted = {key: {"before": fit.before, "after": fit.after} for key, fit in fits.items()}
     report = {
         "parameters_before": parameter_count(checkpoint.backbone),
         "parameters_after": parameter_count(pruned.backbone),

@@ -1,12 +1,13 @@
 """From "1.5 times faster" to a plan: allocate, export, measure, correct."""
 
+import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calib_data.errors import BudgetError, ConfigError
+from calib_data.errors import ConfigError
 
 if TYPE_CHECKING:
     from benchmarks.yardstick import Conditions, Timed, Yardstick
@@ -19,6 +20,7 @@ _CLOSE = 0.03  # of the time asked for: nearer than that, nothing is corrected
 _HELD = 0.07  # farther than that, the command says so
 _CORRECTIONS = 3
 _MB = 1e6
+SHAPE = "8x128"
 
 Tell = Callable[[str], None]
 
@@ -35,10 +37,9 @@ class Target:
     whole_layers: bool = False  # whether layers may go, too
 
     def __post_init__(self) -> None:
-        given = {n: v for n, v in self.asked.items() if v is not None}
-        if len(given) != 1:
+        if len(self.given) != 1:
             raise ConfigError("name one of --speedup, --latency and --size")
-        name, value = next(iter(given.items()))
+        name, value = next(iter(self.given.items()))
         least = 1 if name == "speedup" else 0
         if not least < value < float("inf"):
             raise ConfigError(f"--{name} must be above {least}, got {value:g}")
@@ -46,9 +47,10 @@ class Target:
             raise ConfigError("--latency is of one shape; name one, or use --speedup")
 
     @property
-    def asked(self) -> dict[str, float | None]:
-        """What may be asked for, by the option's name."""
-        return {"speedup": self.speedup, "latency": self.latency, "size": self.size}
+    def given(self) -> dict[str, float]:
+        """What is asked for, by the option's name."""
+        asked = {"speedup": self.speedup, "latency": self.latency, "size": self.size}
+        return {name: value for name, value in asked.items() if value is not None}
 
     def conditions(self) -> "Conditions":
         """Return what graphs are timed on."""
@@ -58,12 +60,45 @@ class Target:
 
     def to_json(self) -> dict[str, Any]:
         """Return what the result depends on, for the lineage."""
-        asked = {name: value for name, value in self.asked.items() if value is not None}
+        asked = {**self.given, "whole_layers": self.whole_layers}
         if self.size is not None:
-            return {**asked, "whole_layers": self.whole_layers}
-        return {
-            **asked, "conditions": self.conditions().to_json(), "whole_layers": self.whole_layers
-        }  # fmt: skip
+            return asked
+        return {**asked, "conditions": self.conditions().to_json()}
+
+
+def target_of(settings: Mapping[str, Any]) -> Target | None:
+    """Return the target that options and recipes name, None where none is.
+
+    Raises `ConfigError` for what goes with a target and stands without one.
+    """
+    asked = {name: settings.get(name) for name in ("speedup", "latency", "size")}
+    if all(value is None for value in asked.values()):
+        for name in ("tables", "whole_layers"):
+            if settings.get(name):
+                option = name.replace("_", "-")
+                raise ConfigError(f"--{option} goes with --speedup, --latency or --size; add one")
+        return None
+    measured = {
+        "provider": settings.get("provider", "cpu"),
+        "shapes": parse_shapes(settings.get("shape") or SHAPE, "--shape"),
+        "threads": settings.get("threads"),
+    }
+    tables = settings.get("tables")
+    folder = None if tables is None else Path(tables)
+    return Target(
+        **asked, settings=measured, tables=folder, whole_layers=bool(settings.get("whole_layers"))
+    )
+
+
+def parse_shapes(text: str, option: str = "--shapes") -> tuple[tuple[int, int], ...]:
+    """Return the (batch, length) pairs of a text like 1x32,8x128."""
+    shapes = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d+)\s*[x×]\s*(\d+)\s*", part)
+        if not found:
+            raise ConfigError(f"{option} wants batch x length, as in 1x32,8x128, got {part!r}")
+        shapes.append((int(found[1]), int(found[2])))
+    return tuple(shapes)
 
 
 class Aim:
@@ -99,9 +134,9 @@ class Aim:
     ) -> "tuple[PrunePlan, dict[str, Any]]":
         """Return the plan for `checkpoint` that meets the target, and what there is to tell of it.
 
-        `share` of the way is to be covered now, 1 being all of it, counted in ratios; `before` is how
-        `checkpoint` compares with the source, in time or bytes. `hidden` are channels that stay in any
-        case. Raises `ConfigError` for a target that cannot be reached, with the largest that can.
+        `before` is how `checkpoint` compares with the source, in time or bytes; of the way that is left
+        `share` is to be covered now, counted in ratios. `hidden` are channels that stay in any case.
+        Raises `ConfigError` for a target that cannot be reached, with the largest that can.
         """
         from compress.apply_plan import apply_plan
         from compress.plan import PrunePlan
@@ -132,51 +167,63 @@ class _Search:
         from compress.apply_plan import apply_plan
         from compress.byte_cost import byte_cost, weight_bytes
 
-        size = self.aim.target.size
-        assert size is not None
+        asked = _MB * (self.aim.target.size or 0.0)
         whole = weight_bytes(self.aim.source.backbone)
-        wanted = whole * (size * _MB / whole) ** self.share
         cost = byte_cost(self.narrow.backbone)
-        plan = self._allocate(cost, wanted, lambda least: f"--size {least / _MB:.3g}")
+        if asked >= whole:
+            raise ConfigError(
+                f"--size {asked / _MB:g} is no less than the model's {whole / _MB:.3g} MB"
+            )
+        least = self._lowest(cost)
+        wanted = self._wanted(asked / whole) * whole
+        if wanted < least:
+            raise ConfigError(
+                f"--size {asked / _MB:g} cannot be reached: {least / _MB:.3g} MB are left {self._left()}"
+            )
+        plan = self._allocate(cost, wanted)
         made = weight_bytes(apply_plan(self.checkpoint, plan).backbone)
         return plan, {
-            "asked": {"size": size},
+            "asked": {"size": asked / _MB},
             "megabytes": made / _MB,
             "megabytes_before": whole / _MB,
             "relative": made / whole,
-            "held": self.share < 1 or made <= size * _MB * (1 + _HELD),
+            "held": made <= wanted * (1 + _HELD),
         }
 
     def by_time(self, yardstick: "Yardstick") -> "tuple[PrunePlan, dict[str, Any]]":
         """Choose by the table, time the finished graph, correct the budget by what was off."""
         from benchmarks.latency_table import latency_table
-        from compress.allocate import lowest
         from compress.apply_plan import apply_plan
 
         table = latency_table(self.narrow, yardstick, self.aim.target.tables, self.tell)
         cost = table.cost(self.narrow.backbone)
-        least = lowest(self._groups(), cost, self.limits, self.found.layers)
-        # what the table calls a millisecond, in shares of the source's time
-        scale = table.relative / table.milliseconds
-        reference = table.milliseconds / table.relative
-        wanted = self._wanted(reference)
-        budget = wanted / scale
+        least = self._lowest(cost)
+        source = table.milliseconds / table.relative  # of one call, by the table
+        wanted = self._wanted(self._ratio(source))
+        if wanted * source < least:
+            asked = " ".join(f"--{k} {v:g}" for k, v in self.aim.target.given.items())
+            raise ConfigError(
+                f"{asked} cannot be reached: the graph is {source / least:.2f} × as fast, "
+                f"{least:.3g} ms a call, {self._left()}"
+            )
+        budget = min(wanted * source, table.milliseconds)
         tried: list[tuple[PrunePlan, Timed, float]] = []
-        for _ in range(1 + _CORRECTIONS):
-            plan = self._allocate(cost, budget, lambda low: _reachable(self, low * scale, reference))
+        while len(tried) <= _CORRECTIONS:
+            plan = self._allocate(cost, budget)
             if any(plan == earlier for earlier, _, _ in tried):
                 break
-            self.tell("measuring the plan")
-            pruned = apply_plan(self.checkpoint, plan)
-            timed = yardstick.time({"pruned": pruned}, self.tell)["pruned"]
-            wanted = self._wanted(timed.reference_milliseconds)
+            timed = yardstick.time({"pruned": apply_plan(self.checkpoint, plan)}, self.tell)[
+                "pruned"
+            ]
+            wanted = self._wanted(self._ratio(timed.reference_milliseconds))
             tried.append((plan, timed, timed.relative / wanted - 1))
             if abs(tried[-1][2]) <= _CLOSE:
                 break
-            budget = min(max(budget + (wanted - timed.relative) / scale, least), table.milliseconds)
+            budget += (wanted - timed.relative) * source
+            budget = min(max(budget, least), table.milliseconds)
         plan, timed, off = min(tried, key=lambda each: abs(each[2]))
         return plan, {
-            "asked": {k: v for k, v in self.aim.target.asked.items() if v is not None},
+            "asked": self.aim.target.given,
             "speedup": timed.speedup,
             "interval": [1 / timed.interval[1], 1 / timed.interval[0]],
             "milliseconds": timed.milliseconds,
@@ -185,5 +232,57 @@ class _Search:
             "table": table.digest,
             "attempts": [each.speedup for _, each, _ in tried],
             "held": abs(off) <= _HELD,
-            **({} if abs(off) <= _HELD else {"note": _why_not(timed, wanted, budget <= least)}),
+            **(
+                {} if abs(off) <= _HELD else {"note": self._why_not(timed, wanted, budget <= least)}
+            ),
         }
+
+    def _ratio(self, source: float) -> float:
+        """Return the time asked for as a share of the source's, which is `source` milliseconds."""
+        target = self.aim.target
+        if target.latency is None:
+            return 1 / (target.speedup or 1.0)
+        if target.latency >= source:
+            raise ConfigError(
+                f"--latency {target.latency:g} is no less than the model's {source:.3g} ms"
+            )
+        return target.latency / source
+
+    def _wanted(self, ratio: float) -> float:
+        """Return how the result of this round is to compare with the source, which is 1."""
+        return float(self.before * (ratio / self.before) ** self.share)
+
+    def _lowest(self, cost: "Cost") -> float:
+        from compress.allocate import lowest
+
+        return lowest(self.found.groups, cost, self.limits, self.found.layers)
+
+    def _allocate(self, cost: "Cost", budget: float) -> "PrunePlan":
+        from compress.allocate import allocate
+
+        plan = allocate(
+            self.found.groups, self.found.units, cost, budget, self.limits, self.found.layers
+        )
+        return replace(plan, hidden=self.hidden)
+
+    def _left(self) -> str:
+        """Return what stays in any case, for a message."""
+        least = self.limits.minimum
+        neurons = self.limits.least("neurons")
+        text = f"with {least.get('heads', 1)} heads and {neurons} neurons in every layer"
+        if self.aim.target.whole_layers:
+            return f"{text} of one layer; ask for less"
+        return f"{text}; ask for less, or add --whole-layers"
+
+    def _why_not(self, timed: "Timed", wanted: float, exhausted: bool) -> str:
+        low, high = timed.interval
+        if low <= wanted <= high:
+            why = (
+                f"the times of its rounds vary from {low / wanted:.2f} to {high / wanted:.2f} of those "
+                "asked for: something else is at work on this machine"
+            )
+        elif exhausted:
+            why = f"nothing more can go {self._left()}"
+        else:
+            why = "sizes in between are not to be had: heads and steps of --round-to are too coarse"
+        return f"{timed.speedup:.2f} × where {1 / wanted:.2f} × was aimed at: {why}"

@@ -12,12 +12,14 @@ from onnxpress.cli.options import (
     Output,
     common,
     data_options,
+    layer_lines,
     model_argument,
     out_option,
     student_options,
     task_option,
     trust_option,
 )
+from onnxpress.cli.pruning import prune_command
 from onnxpress.cli.quantization import quantize_command
 from onnxpress.cli.training import training_options
 from onnxpress.stages import (
@@ -25,7 +27,6 @@ from onnxpress.stages import (
     ModelChoice,
     Run,
     distill_model,
-    prune_model,
 )
 from onnxpress.training import TrainingChoice
 
@@ -40,6 +41,7 @@ def compress_group() -> None:
 
 compress_group.add_command(finetune_command)
 compress_group.add_command(merge_command)
+compress_group.add_command(prune_command)
 compress_group.add_command(quantize_command)
 
 
@@ -105,42 +107,6 @@ def distill_command(
     )
 
 
-@compress_group.command("prune")
-@model_argument
-@data_options
-@click.option("--heads", type=float, default=0.25, show_default=True, help="Share to remove.")
-@click.option("--ffn", type=float, default=0.25, show_default=True, help="Share to remove.")
-@click.option(
-    "--round-to", type=int, default=16, show_default=True, help="Neurons are removed in such steps."
-)
-@out_option
-@common
-def prune_command(
-    model: ModelChoice,
-    data: DataChoice,
-    heads: float,
-    ffn: float,
-    round_to: int,
-    out: Path,
-    run: Run,
-    output: Output,
-) -> None:
-    """Remove the least important attention heads and feed-forward neurons."""
-    from compress.prune import PruneConfig
-
-    config = PruneConfig(heads=heads, ffn=ffn, round_to=round_to, seed=run.seed)
-    result = prune_model(model, data, config, out, run)
-    output.show(
-        result,
-        lambda r: "\n".join(
-            [
-                *_layer_lines(r["layers"]),
-                f"{r['path']}: {r['parameters_before']:,} → {r['parameters_after']:,} parameters",
-            ]
-        ),
-    )
-
-
 @compress_group.command("inspect")
 @model_argument
 @common
@@ -161,7 +127,7 @@ def _inspect_text(found: dict[str, Any]) -> str:
         f"max length  {found['max_length'] or 'no limit'}",
         *_quantization_lines(found["quantization"]),
         *([f"adapter     {found['adapter']}, not merged"] if found["adapter"] else []),
-        *_layer_lines(found["layers"]),
+        *layer_lines(found["layers"]),
     ]
     for stage in found["lineage"]:
         settings = ", ".join(f"{k}={v}" for k, v in (stage.get("settings") or {}).items())
@@ -188,8 +154,3 @@ def _quantization_lines(found: dict[str, Any] | None) -> list[str]:
         for name in found["float"]
     ]
     return lines
-
-
-def _layer_lines(layers: dict[str, Any]) -> list[str]:
-    width = max((len(name) for name in layers), default=0)
-    return [f"{name:<{width}}  {row['kept']:>5} of {row['units']}" for name, row in layers.items()]

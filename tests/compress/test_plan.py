@@ -7,7 +7,6 @@ from calib_data.errors import ConfigError
 from compress.plan import PrunePlan, check_plan
 from tests.tiny import tiny_model
 
-
 HEADS, NEURONS = "encoder.layer.0.attention.self.heads", "encoder.layer.1.neurons"
 QUERIES, PAIRS = "layers.0.self_attn.queries", "layers.0.self_attn.heads"
 

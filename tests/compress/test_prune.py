@@ -103,7 +103,8 @@ def test_shares_are_removed_and_reported() -> None:
     assert kept == {"heads": 6, "neurons": 64}
     assert report["parameters_after"] == parameter_count(result.checkpoint.module)
     assert report["parameters_before"] == parameter_count(checkpoint.module)
-    assert len(told) == len(batches)
+    assert len(told) == 2 * len(batches)  # importance, then what reconstruction needs to see
+    assert all(fit["after"] < fit["before"] for fit in report["reconstruction"].values())
     assert weights_sha256(checkpoint.module) == before
     assert all(p.grad is None for p in checkpoint.module.parameters())
     entry = result.checkpoint.lineage[-1]
