@@ -5,14 +5,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from torch import nn
 
+from calib_data.errors import ModelError
 from compress.blocks import Group, find_groups, input_columns, query_groups
 from compress.checkpoint import Checkpoint
 from compress.depth import keep_layers, skip_layers_
 from compress.plan import PrunePlan, check_plan, kept_queries
+from compress.sentence import SentenceEncoder, narrowed
 from compress.stacks import droppable_stacks
-from compress.surgery import keep_units_
+from compress.surgery import HIDDEN, keep_units_
+from compress.width import keep_channels_, mask_channels_
+
+_ROUNDING = 1e-3  # of an output's largest value: far more than rounding, far less than a mistake
 
 
 def apply_plan(checkpoint: Checkpoint, plan: PrunePlan) -> Checkpoint:
@@ -34,15 +40,21 @@ def apply_plan(checkpoint: Checkpoint, plan: PrunePlan) -> Checkpoint:
             keep = kept_queries(whole[group.key], plan.keep[group.key], plan)
             structure |= _cut_(pruned.backbone, group, keep)
     pruned = replace(pruned, structure=structure)
+    if plan.hidden is not None and len(plan.hidden) < (pruned.hidden_size or 0):
+        pruned = _keep_channels(pruned, plan.hidden)
     stacks = droppable_stacks(checkpoint.backbone) if plan.layers else {}
     fewer = {s: kept for s, kept in plan.layers.items() if len(kept) < len(stacks[s])}
-    return keep_layers(pruned, fewer) if fewer else pruned
+    pruned = keep_layers(pruned, fewer) if fewer else pruned
+    if plan.hidden is not None or checkpoint.factory:
+        _check_equal(pruned, checkpoint, plan)
+    return pruned
 
 
 def mask_units_(model: nn.Module, plan: PrunePlan) -> None:
     """Silence what `plan` removes, without changing a shape: the reference for pruning.
 
-    Heads and neurons hand nothing on; layers hand on what they are given.
+    Heads and neurons hand nothing on; layers hand on what they are given; channels of the residual
+    stream are zero, and norms take their statistics over the others (see `width`).
     """
     check_plan(plan, model)
     for group in (*find_groups(model), *query_groups(model)):
@@ -52,6 +64,18 @@ def mask_units_(model: nn.Module, plan: PrunePlan) -> None:
         for unit in removed:  # (outputs, units, width of a unit)
             columns.unflatten(1, (group.units, -1))[:, unit] = 0
     skip_layers_(model, plan.layers)
+    if plan.hidden is not None:
+        mask_channels_(model, plan.hidden)
+
+
+def _keep_channels(checkpoint: Checkpoint, keep: Sequence[int]) -> Checkpoint:
+    """Return `checkpoint`, changed in place, with these channels of the residual stream."""
+    keep_channels_(checkpoint.backbone, keep)
+    module = checkpoint.module
+    if isinstance(module, SentenceEncoder):
+        module = narrowed(module, module.backbone, keep).eval()
+    structure = {**checkpoint.structure, HIDDEN: len(keep)}
+    return replace(checkpoint, module=module, structure=structure)
 
 
 def _cut_(model: nn.Module, group: Group, keep: Sequence[int]) -> dict[str, Any]:
@@ -60,3 +84,37 @@ def _cut_(model: nn.Module, group: Group, keep: Sequence[int]) -> dict[str, Any]
         return {}
     keep_units_(model, group, keep)
     return {group.key: len(keep)}
+
+
+def _check_equal(pruned: Checkpoint, checkpoint: Checkpoint, plan: PrunePlan) -> None:
+    """Raise `ModelError` unless `pruned` computes what `checkpoint` does, masked by `plan`.
+
+    What a user's own module describes is taken on trust, and a forward pass may read a hidden size
+    off anything; so both are tried, on a sample that is made up.
+    """
+    masked = replace(checkpoint, module=copy.deepcopy(checkpoint.module))
+    mask_units_(masked.backbone, plan)
+    sample = checkpoint.signature.sample(
+        batch=2, sequence=min(8, checkpoint.signature.longest or 8)
+    )
+    kind = type(checkpoint.backbone).__name__
+    cure = "correct its description, or leave out of the plan what it cannot lose"
+    try:
+        found = pruned.predict(sample)
+    except Exception as error:  # of shapes that do not go together: no common type
+        reason = " ".join(str(error).split())[:160]
+        raise ModelError(
+            f"{kind} cannot run without what the plan removes ({reason}); {cure}"
+        ) from error
+    for name, expected in masked.predict(sample).items():
+        for axis, (before, after) in enumerate(zip(expected.shape, found[name].shape)):
+            if before != after and plan.hidden is not None:
+                expected = expected.take(plan.hidden, axis=axis)
+        off = float(
+            np.abs(found[name] - expected).max() / max(float(np.abs(expected).max()), 1e-30)
+        )
+        if not off < _ROUNDING:
+            raise ModelError(
+                f"{kind} without what the plan removes gives another {name} than with it silenced "
+                f"(off by {off:.1%} of the largest value); {cure}"
+            )

@@ -56,6 +56,14 @@ class Checkpoint:
         return getattr(self.backbone, "config", None)
 
     @property
+    def hidden_size(self) -> int | None:
+        """The channels of the residual stream, or None where no config tells them.
+
+        A pruned model has fewer than its config says, which it is built from.
+        """
+        return self.structure.get("hidden", getattr(self.config, "hidden_size", None))
+
+    @property
     def task_row(self) -> Task:
         """The row of the task table."""
         return TASKS.get(self.task, CUSTOM)
@@ -173,7 +181,7 @@ def save_processor(checkpoint: Checkpoint, directory: Path) -> None:
         _name_tokenizer_for_all(directory / "tokenizer_config.json")
     files = checkpoint.sidecars
     if isinstance(checkpoint.module, SentenceEncoder):
-        files = current_files(checkpoint.module, files)
+        files = current_files(checkpoint.module, files, checkpoint.hidden_size)
     for name, content in files.items():
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)

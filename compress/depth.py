@@ -48,7 +48,7 @@ def keep_layers(checkpoint: Checkpoint, kept: Mapping[str, Sequence[int]]) -> Ch
     _be_alike_(backbone, model, kept)
     outer = checkpoint.module
     if isinstance(outer, SentenceEncoder):
-        module = narrowed(outer, backbone, range(model.config.hidden_size))
+        module = narrowed(outer, backbone, range(checkpoint.hidden_size or 0))
     else:
         module = backbone
     return replace(checkpoint, module=module.eval(), structure=structure)

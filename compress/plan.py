@@ -11,6 +11,7 @@ from torch import nn
 from calib_data.errors import ConfigError
 from compress.blocks import Group, all_groups, find_groups, query_groups
 from compress.stacks import droppable_stacks
+from compress.width import hidden_size
 
 _FIELDS = ("keep", "layers", "hidden")
 
@@ -87,6 +88,8 @@ def check_plan(plan: PrunePlan, model: nn.Module) -> None:
     for key, units in plan.keep.items():
         if groups[key].kind == "queries":
             _check_even(groups[key], units, plan)
+    if plan.hidden is not None:
+        _check_range("hidden", plan.hidden, hidden_size(model))
     if plan.layers:
         stacks = droppable_stacks(model)
         for stack, layers in plan.layers.items():

@@ -130,6 +130,23 @@ def student_config(model: Any, kept: Mapping[str, Sequence[int]], shape: Student
     return found
 
 
+def wider_config(model: Any) -> Any:
+    """Return a copy of the config of `model` with twice the hidden size, heads of the same width.
+
+    Raises `ModelError` where the family ties its sizes together in another way.
+    """
+    old = _widths(model, model.config)
+    shape = StudentShape(hidden=2 * old.hidden)
+    for heads in (old.heads, 2 * old.heads):
+        found = _fitting(model, model.config, old, shape, heads)
+        if found is not None:
+            return found
+    raise ModelError(
+        f"the config of {model.config.model_type} does not set the hidden size of its blocks alone; "
+        "leave hidden whole"
+    )
+
+
 def keep_layers_(config: Any, kept: Mapping[str, Sequence[int]]) -> None:
     """Let `config` describe a model of the layers in `kept` alone, by stack."""
     for stack, layers in kept.items():

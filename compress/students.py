@@ -14,7 +14,7 @@ from compress.resize import fill_
 from compress.sentence import SentenceEncoder, narrowed
 from compress.sizes import StudentShape, student_config
 from compress.stacks import layer_stacks
-from compress.surgery import resize_
+from compress.surgery import HIDDEN, resize_
 
 
 def evenly_spaced(layers: int, keep: int) -> list[int]:
@@ -51,13 +51,14 @@ def make_student(
             "make the student by hand and pass --student"
         )
     kept = _kept_layers(model, shape)
+    _check_hidden(teacher, shape)
     backbone = rebuilt(model, student_config(model, kept, shape))
     structure = {} if shape.narrows else renumbered(teacher.structure, kept)
     resize_(backbone, structure)
     chosen = fill_(backbone, teacher, kept, batches, seed, progress)
     student = replace(teacher, module=backbone.eval(), structure=structure)
     if isinstance(teacher.module, SentenceEncoder):
-        channels = chosen.get("hidden", range(model.config.hidden_size))
+        channels = chosen.get(HIDDEN, range(teacher.hidden_size or 0))
         student = replace(student, module=narrowed(teacher.module, backbone, channels).eval())
     return student
 
@@ -81,3 +82,13 @@ def _kept_layers(model: nn.Module, shape: StudentShape) -> dict[str, Sequence[in
                 f"{name}, got {','.join(map(str, kept[name]))}"
             )
     return kept
+
+
+def _check_hidden(teacher: Checkpoint, shape: StudentShape) -> None:
+    """Raise `ModelError` where a narrower student would be wider than a pruned teacher."""
+    width, whole = teacher.hidden_size, getattr(teacher.config, "hidden_size", None)
+    if shape.narrows and width and (shape.hidden or whole or 0) > width:
+        raise ModelError(
+            f"the teacher is pruned: its hidden size is {width} of {whole}; pass --hidden with at most "
+            f"{width}, or start from an unpruned teacher"
+        )

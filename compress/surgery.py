@@ -7,9 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from calib_data.errors import ModelError
+from compress.axes import follow_shape_, keep_along
 from compress.blocks import Group, Part, find_groups, query_groups
 from compress.stacks import described_stacks, drop_layers_
+from compress.width import keep_channels_
 
+HIDDEN = "hidden"  # the key of the residual stream's channels, beside the groups' own
 _COUNTS = ("num_attention_heads", "num_heads", "n_heads")  # of query heads
 _FOLLOW = {
     "heads": (*_COUNTS, "num_key_value_heads", "all_head_size", "split_size", "inner_dim"),
@@ -40,9 +43,9 @@ def feature_indices(part: Part, units: int, keep: Sequence[int]) -> Tensor:
 def resize_(model: nn.Module, structure: Mapping[str, Any]) -> None:
     """Shrink `model` to the recorded numbers of units; which ones does not matter before loading.
 
-    A group's number stands under its key. Which layers a stack keeps stands under `STACK.layers`
-    where no config tells how many; they may differ. Raises `ModelError` for what the model does not
-    have, or has fewer of.
+    A group's number stands under its key, that of the residual stream's channels under `hidden`.
+    Which layers a stack keeps stands under `STACK.layers` where no config tells how many; they may
+    differ. Raises `ModelError` for what the model does not have, or has fewer of.
     """
     left = dict(structure)
     for stack, layers in described_stacks(model).items():
@@ -51,6 +54,11 @@ def resize_(model: nn.Module, structure: Mapping[str, Any]) -> None:
             if not kept or not set(kept) <= set(range(len(layers))):
                 raise _misfit(f"{stack}.layers", kept)
             drop_layers_(model, stack, kept)
+    if HIDDEN in left:
+        count = left.pop(HIDDEN)
+        if not (isinstance(count, int) and count >= 1):
+            raise _misfit(HIDDEN, count)
+        keep_channels_(model, range(count))
     # an attention's key/value heads first: they bring their query heads along
     for find in (find_groups, query_groups):
         groups = {group.key: group for group in find(model)} if left else {}
@@ -65,21 +73,6 @@ def resize_(model: nn.Module, structure: Mapping[str, Any]) -> None:
 
 def _misfit(key: str, kept: Any) -> ModelError:
     return ModelError(f"the manifest keeps {kept} of {key}, which the model cannot hold")
-
-
-def keep_along(value: Tensor, axis: int, indices: Tensor) -> Tensor:
-    """Return `value`, or a parameter of its kind, with only `indices` along `axis`."""
-    kept = value.detach().index_select(axis, indices.to(value.device)).contiguous()
-    is_parameter = isinstance(value, nn.Parameter)
-    return nn.Parameter(kept, requires_grad=value.requires_grad) if is_parameter else kept
-
-
-def follow_shape_(module: Any) -> None:
-    """Correct the sizes that a linear layer stores beside its weight."""
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    elif type(module).__name__ == "Conv1D":
-        module.nx, module.nf = module.weight.shape
 
 
 def _keep_features_(module: Any, part: Part, units: int, keep: Sequence[int]) -> None:

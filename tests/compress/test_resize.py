@@ -287,6 +287,6 @@ def test_what_cannot_be_made_smaller_is_refused(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ModelError, match="share one layer"):
         make_student(tiny_checkpoint("albert", num_hidden_layers=3), StudentShape(layers=2))
     teacher = tiny_checkpoint("bert")
-    monkeypatch.setattr(compress.resize, "_along", lambda *_: {})
+    monkeypatch.setattr(compress.resize, "along_units", lambda *_: {})
     with pytest.raises(ModelError, match="no head's, neuron's or channel's"):
         make_student(teacher, StudentShape(ffn=40), samples(teacher))
