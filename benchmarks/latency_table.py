@@ -1,8 +1,9 @@
 """What a model's blocks cost in ONNX Runtime: the table that a plan for a latency is chosen from.
 
 One graph is timed for each of a few sizes that all blocks of a class are cut down to. A block's
-milliseconds are linear between those sizes, and below the smallest in proportion to its units; what is
-left of a layer's time when its blocks are counted is the layer's own, the rest is fixed.
+milliseconds are linear between those sizes, and below the smallest in proportion to its units; a bend
+that the noise of the timings can have made is taken for none. What is left of a layer's time when its
+blocks are counted is the layer's own, the rest is fixed.
 """
 
 import hashlib
@@ -186,7 +187,10 @@ def solve(
     times = {name: found.relative * reference for name, found in timed.items()}
     whole, curves = relative * reference, {}
     for name, members in _members(model).items():
-        points = [(n, times[_trial(name, n)]) for n in _sizes(members)]
+        sizes = _sizes(members)
+        points = [(n, times[_trial(name, n)]) for n in sizes]
+        noise = [reference * _noise(timed[_trial(name, n)]) for n in sizes]
+        points = _straightened(members, points, noise, whole)
         curves[name] = _curve(members, [*points, (max(g.units for g in members), whole)])
     table = LatencyTable("", relative, whole, 0.0, {}, curves, {})
     cost, layers = table.cost(model), {}
@@ -199,6 +203,27 @@ def solve(
     spent = sum(cost.group(g, g.units) for g in groups)
     spent += sum(ms * cost.depth[stack] for stack, ms in layers.items())
     return replace(table, fixed=max(0.0, whole - spent), layers=layers)
+
+
+def _straightened(
+    members: list[Group], points: list[tuple[int, float]], noise: list[float], whole: float
+) -> list[tuple[int, float]]:
+    """Return the points moved onto the line through the whole where all lie within their noise of it.
+
+    The line is that of least squares in the units that the graphs have lost.
+    """
+    lost = [float(sum(max(0, g.units - n) for g in members)) for n, _ in points]
+    saved = [whole - ms for _, ms in points]
+    slope = sum(u * ms for u, ms in zip(lost, saved)) / (sum(u * u for u in lost) or 1.0)
+    off = (abs(ms - slope * u) for u, ms in zip(lost, saved))
+    if slope > 0 and all(far <= near for far, near in zip(off, noise)):
+        return [(n, whole - slope * u) for (n, _), u in zip(points, lost)]
+    return points
+
+
+def _noise(timed: Timed) -> float:
+    """Return by how much a graph's share of the reference's time may be wrong."""
+    return (timed.interval[1] - timed.interval[0]) / 2
 
 
 def _curve(members: list[Group], points: list[tuple[int, float]]) -> Curve:
