@@ -80,10 +80,11 @@ class LatencyTable:
         }  # fmt: skip
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "LatencyTable":
-        """Return the table that `to_json` gave."""
-        if values.get("schema") != SCHEMA:
-            raise DataError(f"the latency table has schema {values.get('schema')}, not {SCHEMA}")
+    def from_json(cls, values: Any) -> "LatencyTable":
+        """Return the table that `to_json` gave; a `DataError` for one of another version."""
+        schema = values.get("schema") if isinstance(values, Mapping) else None
+        if schema != SCHEMA:
+            raise DataError(f"the latency table has schema {schema}, not {SCHEMA}")
         curves = {
             name: tuple((int(units), float(ms)) for units, ms in curve)
             for name, curve in values["blocks"].items()

@@ -29,6 +29,10 @@ class HealChoice:
     train: Mapping[str, Any] = field(default_factory=dict)  # fields of `TrainConfig`
     pack: bool = False
 
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigError(f"--heal must be at least 1 step, got {self.steps}")
+
     def config(
         self, source: "Checkpoint", kept: "Mapping[str, tuple[int, ...]]"
     ) -> "DistillConfig":

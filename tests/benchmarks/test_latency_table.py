@@ -90,7 +90,7 @@ def test_a_bend_is_believed_where_the_noise_cannot_have_made_it() -> None:
     noisy = dict(bent({3: 0.70, 1: 0.60}, 0.2).blocks[HEADS])
     assert noisy[4] - noisy[3] == pytest.approx((noisy[3] - noisy[1]) / 2)
     # fewer heads that take longer count as no difference
-    assert dict(bent({3: 1.02, 1: 1.01}, 0.0).blocks[HEADS]) == {0: 0, 1: 0.5, 3: 1.5, 4: 1.5}
+    assert dict(bent({3: 1.02, 1: 1.01}, 0.0).blocks[HEADS]) == {0: 0, 1: 0.25, 3: 0.75, 4: 0.75}
 
 
 def test_a_table_is_measured_once(tmp_path: Path) -> None:

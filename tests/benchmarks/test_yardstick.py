@@ -41,7 +41,7 @@ def test_a_model_of_several_graphs_is_refused() -> None:
     checkpoint = tiny_checkpoint("t5", "text2text-generation")
     with (
         Yardstick(checkpoint, QUICK) as yardstick,
-        pytest.raises(ModelError, match="only models of one graph are timed.*--heads"),
+        pytest.raises(ModelError, match=r"only models of one graph are timed.*--heads"),
     ):
         yardstick.time({"same": checkpoint})
 
