@@ -75,6 +75,11 @@ class Checkpoint:
         return preferred if preferred in self.signature.outputs else self.signature.outputs[0]
 
     @property
+    def sparse(self) -> bool:
+        """Whether some weights were made zero, which later training must leave so."""
+        return any(stage.get("stage") == "sparsify" for stage in self.lineage)
+
+    @property
     def max_length(self) -> int | None:
         """The longest sequence the model takes: its positions, or what its tokenizer allows."""
         limits = [self.signature.longest, getattr(self.processor, "model_max_length", None)]

@@ -6,6 +6,7 @@ from calib_data.errors import ModelError
 from compress.blocks import find_groups
 from compress.checkpoint import Checkpoint, parameter_count, weights_of
 from compress.quantize import float_layers
+from compress.sparsity import zero_share
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -23,6 +24,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "max_length": checkpoint.max_length,
         "int8_modules": len((checkpoint.quantization or {}).get("modules", ())),
         "quantization": _quantization(checkpoint),
+        "zeros": zero_share(checkpoint) if checkpoint.sparse else 0.0,
         "adapter": (checkpoint.adapters or {}).get("method"),
         "layers": _layers(checkpoint),
         "lineage": [dict(stage) for stage in checkpoint.lineage],

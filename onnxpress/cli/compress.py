@@ -126,6 +126,11 @@ def _inspect_text(found: dict[str, Any]) -> str:
         f"outputs     {', '.join(found['outputs'])}",
         f"max length  {found['max_length'] or 'no limit'}",
         *_quantization_lines(found["quantization"]),
+        *(
+            [f"sparse      {found['zeros']:.1%} of the blocks' weights are zero"]
+            if found["zeros"]
+            else []
+        ),
         *([f"adapter     {found['adapter']}, not merged"] if found["adapter"] else []),
         *layer_lines(found["layers"]),
     ]
