@@ -14,9 +14,10 @@ from compress.apply_plan import apply_plan
 from compress.blocks import Group, find_groups, locked_attentions
 from compress.checkpoint import Checkpoint, StageResult, parameter_count, weights_sha256
 from compress.criteria import unit_importance
+from compress.moments import moments
 from compress.plan import PrunePlan
 from compress.prune_config import PruneConfig
-from compress.reconstruct import moments, reconstruct_
+from compress.reconstruct import reconstruct_
 from compress.stacks import droppable_stacks
 from compress.stream_importance import hidden_importance, layer_importance
 

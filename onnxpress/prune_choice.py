@@ -54,6 +54,32 @@ class HealChoice:
 
 
 @dataclass(frozen=True)
+class VocabularyChoice:
+    """Which tokens stay: those of some texts, and those that a file lists."""
+
+    spec: str
+    columns: str | None = None
+    keep: Path | None = None  # a token, or a text whose tokens stay, on each line
+
+    def texts(self) -> list[str]:
+        """Return the texts."""
+        from calib_data.sources import open_data
+        from compress.vocabulary import texts_of
+
+        return texts_of(open_data(self.spec, self.columns))
+
+    def listed(self) -> list[str]:
+        """Return what the file lists."""
+        if self.keep is None:
+            return []
+        try:
+            lines = self.keep.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--keep-tokens {self.keep} cannot be read: {error}") from error
+        return [line for line in lines if line.strip()]
+
+
+@dataclass(frozen=True)
 class PruneChoice:
     """What belongs to a run of the prune stage and not to its config."""
 
@@ -62,10 +88,17 @@ class PruneChoice:
     heal: HealChoice | None = None
     rounds: int = 1  # prune, heal, prune again
     calibrate: int = CALIBRATE
+    sparsity: Mapping[str, Any] | None = None  # fields of `SparsityConfig`
+    vocabulary: VocabularyChoice | None = None
+
+    def cuts(self, config: "PruneConfig") -> bool:
+        """Whether units, layers or channels go; otherwise it is single weights or tokens alone."""
+        others = self.sparsity is not None or self.vocabulary is not None
+        return bool(self.target or self.plan or _amounts(config)) or not others
 
     def check(self, config: "PruneConfig", data: "DataChoice | None") -> None:
         """Raise `ConfigError` for settings that do not go together, or data that is missing."""
-        shares = [n for n in ("heads", "ffn", "layers", "keep_layers") if getattr(config, n)]
+        shares = [name for name in _amounts(config) if name != "hidden"]
         if self.target is not None and shares:
             raise ConfigError(
                 f"--{next(iter(self.target.given))} decides how much goes; leave out "
@@ -82,10 +115,16 @@ class PruneChoice:
             )
         if self.calibrate < 1:
             raise ConfigError(f"--calibrate must be at least 1, got {self.calibrate}")
-        if data is None and (self.plan is None or self.heal or config.reconstruct):
+        if self.sparsity is not None:
+            from compress.sparsity import SparsityConfig
+
+            SparsityConfig.from_json(dict(self.sparsity))  # raises now, not after the pruning
+        learns = self.cuts(config) and (self.plan is None or config.reconstruct)
+        zeros = self.sparsity is not None and self.sparsity.get("method") != "magnitude"
+        if data is None and (learns or zeros or self.heal):
             raise ConfigError(
-                "importance, reconstruction and healing need --data; only --plan with "
-                "--no-reconstruct does without"
+                "importance, reconstruction and healing need --data; only --vocab-from and --plan "
+                "with --no-reconstruct do without"
             )
 
 
@@ -94,8 +133,30 @@ def config_of(settings: Mapping[str, Any], choice: PruneChoice, seed: int) -> "P
     from compress.prune_config import PruneConfig
 
     says = {"heads", "ffn", "layers", "keep_layers", "hidden"} & set(settings)
-    share = 0.0 if says or choice.target or choice.plan else SHARE
+    others = (choice.target, choice.plan, choice.sparsity, choice.vocabulary)
+    share = 0.0 if says or any(other is not None for other in others) else SHARE
     return PruneConfig.from_json({"heads": share, "ffn": share, **settings, "seed": seed})
+
+
+def sparsity_of(text: str | None, method: str | None = None) -> dict[str, Any] | None:
+    """Return what `--sparsity` says: a share of the weights, or 2:4."""
+    if text is None:
+        if method is not None:
+            raise ConfigError("--sparsity-method goes with --sparsity; add it")
+        return None
+    chosen = {} if method is None else {"method": method}
+    if text == "2:4":
+        return {"pattern": text, **chosen}
+    try:
+        return {"share": float(text), **chosen}
+    except ValueError as error:
+        raise ConfigError(f"--sparsity must be a share as 0.5, or 2:4, got {text}") from error
+
+
+def _amounts(config: "PruneConfig") -> list[str]:
+    """Return the settings that say how much goes, of those that are set."""
+    names = ("heads", "ffn", "layers", "keep_layers", "hidden")
+    return [name for name in names if getattr(config, name)]
 
 
 def rounds_of(schedule: str, rounds: int | None) -> int:

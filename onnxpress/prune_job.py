@@ -65,6 +65,7 @@ class PruneJob:
                 self._heal(done, self.choice.heal, place)
             done.healed += 1
             states.save(done)
+        self._cut_vocabulary(done)
         return done
 
     def plan(self, done: Progressed) -> "tuple[PrunePlan, dict[str, Any]]":
@@ -108,6 +109,7 @@ class PruneJob:
             "layers": kept_units(self.source, done),
             **({"measured": measured} if measured else {}),
             **({"reconstruction": _mean_fit(fits)} if fits else {}),
+            **{k: v for k, v in done.told[-1].items() if k in ("sparsity", "vocabulary")},
             **({"healing": healed[-1], "rounds": len(healed)} if healed else {}),
         }
 
@@ -122,8 +124,14 @@ class PruneJob:
         (place.staging / LOG).write_text(text, encoding="utf-8")
 
     def _prune(self, done: Progressed) -> None:
+        from compress.plan import PrunePlan
         from compress.prune import carry_out
 
+        if not self.choice.cuts(self.config):
+            done.plans.append(PrunePlan())
+            done.told.append({})
+            self._sparsify(done)
+            return
         plan, measured = self.plan(done)
         target = self.choice.target
         details = {"target": target.to_json(), "measured": measured} if target else {}
@@ -138,6 +146,31 @@ class PruneJob:
         done.told.append(
             {**told, **{k: v for k, v in result.report.items() if k == "reconstruction"}}
         )
+        self._sparsify(done)
+
+    def _sparsify(self, done: Progressed) -> None:
+        """In the last round, make single weights zero; healing keeps them so."""
+        from compress.sparsity import SparsityConfig, sparsify
+
+        if self.choice.sparsity is None or done.healed + 1 < self.choice.rounds:
+            return
+        config = SparsityConfig.from_json(dict(self.choice.sparsity))
+        with self.run.progress("sparsify", None) as advance:
+            # magnitude alone looks at none
+            batches: Any = self.calibration
+            result = sparsify(done.checkpoint, batches, config, advance)
+        done.checkpoint = result.checkpoint
+        done.told[-1]["sparsity"] = {"zeros": result.report["zeros"], **config.to_json()}
+
+    def _cut_vocabulary(self, done: Progressed) -> None:
+        """At the end, as healing compares with a model that knows all tokens."""
+        from compress.vocabulary import prune_vocabulary
+
+        choice = self.choice.vocabulary
+        if choice is not None:
+            result = prune_vocabulary(done.checkpoint, choice.texts(), choice.listed())
+            done.checkpoint = result.checkpoint
+            done.told[-1]["vocabulary"] = result.report
 
     def _heal(self, done: Progressed, heal: HealChoice, place: Place) -> None:
         """Train what was pruned to behave like the source."""
@@ -210,6 +243,7 @@ class PruneJob:
             "target": choice.target and choice.target.to_json(),
             "plan": choice.plan and read_plan(choice.plan).to_json(),
             "heal": heal,
+            "sparsity": choice.sparsity and dict(choice.sparsity),
             "rounds": choice.rounds,
             "data": self.calibration and self.calibration.fingerprint,
             "model": weights_sha256(self.source.module),

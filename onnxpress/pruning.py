@@ -49,8 +49,11 @@ def plan_model(
 
     choice = choice or PruneChoice()
     choice.check(config, data)
-    if choice.heal or choice.plan or choice.rounds > 1:
-        raise ConfigError("--plan-only prunes nothing: leave out --plan, --heal and --schedule")
+    if choice.heal or choice.plan or choice.rounds > 1 or choice.sparsity or choice.vocabulary:
+        raise ConfigError(
+            "--plan-only prunes nothing: leave out --plan, --heal, --schedule, --sparsity and "
+            "--vocab-from"
+        )
     if out.exists() and (out.is_dir() or not run.overwrite):
         raise DestinationError(f"{out} exists; name a new file, or pass --overwrite to replace one")
     source = model.open()

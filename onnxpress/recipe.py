@@ -18,7 +18,15 @@ from calib_data.errors import ConfigError, DestinationError
 from compress.files import destination_errors, sha256_directory, sha256_file, write_json
 from compress.train_log import LOG
 from onnxpress import stages
-from onnxpress.prune_choice import CALIBRATE, HealChoice, PruneChoice, config_of, rounds_of
+from onnxpress.prune_choice import (
+    CALIBRATE,
+    HealChoice,
+    PruneChoice,
+    VocabularyChoice,
+    config_of,
+    rounds_of,
+    sparsity_of,
+)
 from onnxpress.pruning import prune_model, require_target
 from onnxpress.quantization import LIMIT, Budget, QuantizeChoice, require_budget
 from onnxpress.stages import DataChoice, ModelChoice, ReportChoice, Run, StartChoice
@@ -193,7 +201,7 @@ def _key(step: Step, stage: _Stage, seed: int, inputs: list[str]) -> str:
         "inputs": inputs,
         "data": [
             _hash_data(str(step.settings[k]))
-            for k in ("data", "eval", "plan")
+            for k in ("data", "eval", "plan", "vocab_from", "keep_tokens")
             if k in step.settings
         ],
         "code": _code_version(stage.layers),
@@ -330,6 +338,7 @@ def _finetune(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) 
 # settings of a pruning step that are not of a config: what is aimed at, and how it is healed
 _TARGET = {"speedup", "latency", "size", "provider", "shape", "threads", "tables", "whole_layers"}
 _HEAL = {"heal", "schedule", "rounds", "pack"}
+_BESIDES = {"sparsity", "sparsity_method", "vocab_from", "vocab_columns", "keep_tokens"}
 
 
 def _prune(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) -> dict[str, Any]:
@@ -338,7 +347,7 @@ def _prune(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) -> 
     from compress.train_config import TrainConfig
 
     matching, train = _names(DistillConfig) - {"train"}, _names(TrainConfig) - {"steps", "schedule"}
-    own = {"data", "plan", "calibrate"} | _TARGET | _HEAL | _TRAINING | matching | train
+    own = {"data", "plan", "calibrate"} | _BESIDES | _TARGET | _HEAL | _TRAINING | matching | train
     _check_settings(settings, own, _names(DataChoice), _names(PruneConfig))
     heal = None
     if "heal" in settings:
@@ -354,6 +363,8 @@ def _prune(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) -> 
         heal,
         rounds_of(settings.get("schedule", "one-shot"), settings.get("rounds")),
         settings.get("calibrate", CALIBRATE),
+        sparsity_of(_text(settings.get("sparsity")), settings.get("sparsity_method")),
+        _vocabulary(settings),
     )
     config = config_of(_pick(settings, _names(PruneConfig)), choice, run.seed)
     data = _data(settings) if "data" in settings else None
@@ -362,6 +373,21 @@ def _prune(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) -> 
     )
     require_target(result)
     return result
+
+
+def _text(value: Any) -> str | None:
+    if value == 124:  # what YAML makes of 2:4 without quotes: minutes and seconds
+        return "2:4"
+    return None if value is None else str(value)
+
+
+def _vocabulary(settings: Mapping[str, Any]) -> VocabularyChoice | None:
+    if "vocab_from" not in settings:
+        return None
+    keep = settings.get("keep_tokens")
+    return VocabularyChoice(
+        settings["vocab_from"], settings.get("vocab_columns"), None if keep is None else Path(keep)
+    )
 
 
 def _quantize(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) -> dict[str, Any]:

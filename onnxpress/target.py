@@ -233,7 +233,9 @@ class _Search:
             "attempts": [each.speedup for _, each, _ in tried],
             "held": abs(off) <= _HELD,
             **(
-                {} if abs(off) <= _HELD else {"note": self._why_not(timed, wanted, budget <= least and off > 0)}
+                {}
+                if abs(off) <= _HELD
+                else {"note": self._why_not(timed, wanted, budget <= least and off > 0)}
             ),
         }
 

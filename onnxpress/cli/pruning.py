@@ -26,15 +26,18 @@ from onnxpress.prune_choice import (
     SHARE,
     HealChoice,
     PruneChoice,
+    VocabularyChoice,
     config_of,
     rounds_of,
+    sparsity_of,
 )
 from onnxpress.pruning import plan_model, prune_model, require_target
 from onnxpress.stages import DataChoice, ModelChoice, Run
 from onnxpress.target import SHAPE, Target, target_of
 from onnxpress.training import TrainingChoice
 
-# by name, so that --help imports no torch; a test holds it to compress/criteria.py
+# by name, so that --help imports no torch; a test holds them to compress
+SPARSITY_NAMES = ("sparsegpt", "wanda", "magnitude")
 CRITERIA_NAMES = ("fisher", "taylor", "gradient", "magnitude", "wanda", "random")
 
 
@@ -166,6 +169,46 @@ def healing_options(command: Command) -> Command:
     return wrapped
 
 
+def other_options(command: Command) -> Command:
+    """Add what may go besides; the command takes `sparsity` and `vocabulary`, which may be None."""
+
+    @click.option(
+        "--sparsity", help="Then make single weights zero: a share as 0.5, or 2:4 for GPUs."
+    )
+    @click.option(
+        "--sparsity-method", type=click.Choice(SPARSITY_NAMES),
+        help="What tells which weights; default sparsegpt.",
+    )  # fmt: skip
+    @click.option(
+        "--vocab-from", help="Then drop the tokens that these data, as --data, never use."
+    )
+    @click.option("--vocab-columns", help="As --columns, for --vocab-from.")
+    @click.option(
+        "--keep-tokens", type=click.Path(path_type=Path, dir_okay=False),
+        help="File of tokens, or texts whose tokens, stay as well, one a line.",
+    )  # fmt: skip
+    @functools.wraps(command)
+    def wrapped(
+        *args: Any,
+        sparsity: str | None,
+        sparsity_method: str | None,
+        vocab_from: str | None,
+        vocab_columns: str | None,
+        keep_tokens: Path | None,
+        **kwargs: Any,
+    ) -> Any:
+        if vocab_from is None and (vocab_columns or keep_tokens):
+            option = "--vocab-columns" if vocab_columns else "--keep-tokens"
+            raise ConfigError(f"{option} goes with --vocab-from; add it")
+        vocabulary = None
+        if vocab_from is not None:
+            vocabulary = VocabularyChoice(vocab_from, vocab_columns, keep_tokens)
+        zeros = sparsity_of(sparsity, sparsity_method)
+        return command(*args, sparsity=zeros, vocabulary=vocabulary, **kwargs)
+
+    return wrapped
+
+
 @click.command("prune")
 @model_argument
 @optional_data_options
@@ -182,6 +225,7 @@ def healing_options(command: Command) -> Command:
 @click.option(
     "--plan-only", is_flag=True, help="Write the plan to the file that -o names, no more."
 )
+@other_options
 @out_option
 @common
 @healing_options
@@ -193,6 +237,8 @@ def prune_command(
     target: Target | None,
     plan: Path | None,
     plan_only: bool,
+    sparsity: dict[str, Any] | None,
+    vocabulary: VocabularyChoice | None,
     heal: HealChoice | None,
     rounds: int,
     training: TrainingChoice,
@@ -200,12 +246,12 @@ def prune_command(
     run: Run,
     output: Output,
 ) -> None:
-    """Remove what matters least: attention heads, feed-forward neurons, layers, channels.
+    """Remove what matters least: heads, neurons, layers, channels; then single weights, or tokens.
 
     Exit code 6 where --speedup or --latency is missed by more than 7 %: the result is written all the
     same.
     """
-    choice = PruneChoice(target, plan, heal, rounds, calibrate)
+    choice = PruneChoice(target, plan, heal, rounds, calibrate, sparsity, vocabulary)
     config = config_of(settings, choice, run.seed)
     if plan_only:
         result = plan_model(model, data, config, out, run, choice)
@@ -231,6 +277,9 @@ def _told(result: dict[str, Any]) -> str:
             f"healed for {healing['steps']} steps: loss {healing['loss_first']:.4g} → "
             f"{healing['loss_last']:.4g}"
         )
+    if "sparsity" in result:
+        lines.append(f"{100 * result['sparsity']['zeros']:.1f} % of the blocks' weights are zero")
+    lines += _vocabulary_lines(result.get("vocabulary"))
     end = result["path"]
     if "parameters_after" in result:
         end += f": {result['parameters_before']:,} → {result['parameters_after']:,} parameters"
@@ -245,3 +294,15 @@ def _measured_line(found: dict[str, Any]) -> str:
         f"{found['milliseconds_before']:.1f} → {found['milliseconds']:.1f} ms a call, measured: "
         f"{found['speedup']:.2f} × as fast ({low:.2f} to {high:.2f})"
     )
+
+
+def _vocabulary_lines(found: dict[str, Any] | None) -> list[str]:
+    if found is None:
+        return []
+    lines = [f"{found['tokens_before']:,} → {found['tokens_after']:,} tokens"]
+    if "unknown_words" in found:
+        lines.append(
+            f"{100 * found['unknown_words']:.2f} % of words that were not seen are unknown, "
+            f"{100 * found['unknown_words_before']:.2f} % before"
+        )
+    return lines

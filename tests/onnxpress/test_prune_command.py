@@ -15,8 +15,9 @@ from compress.criteria import CRITERIA
 from compress.loading import open_checkpoint
 from compress.plan import PrunePlan
 from compress.prune_config import PruneConfig
+from compress.sparsity import METHODS, zero_share
 from onnxpress.cli import onnxpress_group
-from onnxpress.cli.pruning import CRITERIA_NAMES
+from onnxpress.cli.pruning import CRITERIA_NAMES, SPARSITY_NAMES
 from onnxpress.prune_choice import HealChoice, PruneChoice, config_of, rounds_of
 from onnxpress.prune_shares import next_shares
 from onnxpress.target import Target
@@ -205,6 +206,35 @@ def test_classifiers_are_healed_by_logits_and_hidden_states(
     assert entry["settings"]["train"]["learning_rate"] == 3e-4
 
 
+def test_single_weights_stay_zero_through_healing(
+    prune: Callable[..., Result], tmp_path: Path
+) -> None:
+    told = done(prune("--heads", 0.25, "--sparsity", 0.5, "--heal", 2, "-o", tmp_path / "out"))
+    assert told["sparsity"]["zeros"] == pytest.approx(0.5, abs=0.01)
+    made = open_checkpoint(tmp_path / "out")
+    assert zero_share(made) == pytest.approx(0.5, abs=0.01)
+    assert [e["stage"] for e in made.lineage[1:]] == ["prune", "sparsify", "distill"]
+    line = ("--sparsity", "2:4", "--sparsity-method", "magnitude", "-o", tmp_path / "alone")
+    done(prune(*line, data=None))
+    assert [e["stage"] for e in open_checkpoint(tmp_path / "alone").lineage[1:]] == ["sparsify"]
+
+
+def test_a_vocabulary_is_cut_last(
+    prune: Callable[..., Result], tmp_path: Path, place: Path
+) -> None:
+    (tmp_path / "few.txt").write_text("the cat sat on the mat\n")
+    (tmp_path / "keep.txt").write_text("tree\n\n")
+    line = ("--vocab-from", tmp_path / "few.txt", "--keep-tokens", tmp_path / "keep.txt")
+    told = done(prune(*line, "-o", tmp_path / "alone", data=None))
+    assert told["vocabulary"]["tokens_after"] < told["vocabulary"]["tokens_before"]
+    made = open_checkpoint(tmp_path / "alone")
+    assert {"tree", "cat"} <= set(made.processor.get_vocab())
+    assert [e["stage"] for e in made.lineage[1:]] == ["vocabulary"]
+    done(prune(*line, "--ffn", 0.5, "--heal", 1, "-o", tmp_path / "both"))
+    stages = [e["stage"] for e in open_checkpoint(tmp_path / "both").lineage[1:]]
+    assert stages == ["prune", "distill", "vocabulary"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -222,6 +252,10 @@ def test_classifiers_are_healed_by_logits_and_hidden_states(
         (("--layers", 0.1), "less than one; raise --layers"),
         (("--criterion", "luck"), "'luck' is not one of"),
         (("--plan-only", "--heal", 3), "--plan-only prunes nothing"),
+        (("--sparsity", "most"), "must be a share as 0.5, or 2:4"),
+        (("--sparsity", 1.5), "--sparsity must be above 0"),
+        (("--sparsity-method", "wanda"), "goes with --sparsity"),
+        (("--keep-tokens", "x"), "--keep-tokens goes with --vocab-from"),
         (("--calibrate", 0), "--calibrate must be at least 1"),
         (("--shape", "8", "--speedup", 2), "--shape wants batch x length"),
     ],
@@ -243,6 +277,7 @@ def test_what_learns_from_data_needs_it(prune: Callable[..., Result], tmp_path: 
 
 def test_the_command_knows_every_criterion() -> None:
     assert CRITERIA_NAMES == CRITERIA
+    assert SPARSITY_NAMES == METHODS
 
 
 def test_shares_are_a_quarter_where_nothing_is_said() -> None:
