@@ -14,13 +14,13 @@ from torch import Tensor
 from calib_data.errors import ConfigError
 from compress.blocks import Group, Kind
 from compress.config import one_of, require
+from compress.even_shares import Losses, even_shares
 from compress.knapsack import Option, choose, useful
 from compress.plan import PrunePlan
 
 RANKINGS = ("global", "uniform")
 
 Layer = tuple[str, int]  # its stack and its number
-Losses = Mapping[str, Mapping[int, float]]  # by group and the units that stay
 Decided = tuple[dict[str, int], set[Layer]]  # units that stay by group, layers that go
 
 
@@ -256,38 +256,9 @@ def _uniform(
             for stack, scores in layers.items()
         )
         lost = sum(float(layers[stack][index]) for stack, index in gone)
-        for option in _even(staying, losses, cost):
+        for option in even_shares(staying, losses, cost.group):
             total = spent + option.cost
             rank = (lost + option.loss, -total)
             if total <= budget and (best is None or rank < best):
                 best, decided = rank, (option.means, gone)
     return decided
-
-
-def _even(groups: Sequence[Group], losses: Losses, cost: Cost) -> list[Option]:
-    """Return the ways to keep one share of heads and one of neurons, without those never chosen."""
-    options = [Option(0.0, 0.0, {})]
-    for kind in ("heads", "neurons"):
-        members = [group for group in groups if group.kind == kind]
-        if members:
-            pairs = itertools.product(options, _levels(members, losses, cost))
-            options = useful(
-                [Option(a.cost + b.cost, a.loss + b.loss, a.means | b.means) for a, b in pairs]
-            )
-    return options
-
-
-def _levels(groups: Sequence[Group], losses: Losses, cost: Cost) -> list[Option]:
-    """Return an option for each share that the widest group can keep."""
-    widest = max(groups, key=lambda group: group.units)
-    options = []
-    for level in losses[widest.key]:
-        counts = {g.key: _nearest(losses[g.key], level * g.units / widest.units) for g in groups}
-        spent = sum(cost.group(g, counts[g.key]) for g in groups)
-        lost = sum(losses[g.key][counts[g.key]] for g in groups)
-        options.append(Option(spent, lost, counts))
-    return options
-
-
-def _nearest(choices: Iterable[int], wanted: float) -> int:
-    return min(choices, key=lambda n: abs(n - wanted))

@@ -120,11 +120,10 @@ class PruneChoice:
 
             SparsityConfig.from_json(dict(self.sparsity))  # raises now, not after the pruning
         learns = self.cuts(config) and (self.plan is None or config.reconstruct)
-        zeros = self.sparsity is not None and self.sparsity.get("method") != "magnitude"
-        if data is None and (learns or zeros or self.heal):
+        if data is None and (learns or self.sparsity is not None or self.heal):
             raise ConfigError(
-                "importance, reconstruction and healing need --data; only --vocab-from and --plan "
-                "with --no-reconstruct do without"
+                "importance, reconstruction, sparsity and healing need --data; only --vocab-from and "
+                "--plan with --no-reconstruct do without"
             )
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calib_data.errors import ConfigError
+from onnxpress.aim import Aim
 from onnxpress.prune_choice import HealChoice, PruneChoice
 from onnxpress.rounds import Progressed, RoundStates
-from onnxpress.target import Aim
 from onnxpress.training import Place, TrainingChoice
 
 if TYPE_CHECKING:
@@ -156,9 +156,8 @@ class PruneJob:
             return
         config = SparsityConfig.from_json(dict(self.choice.sparsity))
         with self.run.progress("sparsify", None) as advance:
-            # magnitude alone looks at none
-            batches: Any = self.calibration
-            result = sparsify(done.checkpoint, batches, config, advance)
+            assert self.calibration is not None  # or `PruneChoice.check` has raised
+            result = sparsify(done.checkpoint, self.calibration, config, advance)
         done.checkpoint = result.checkpoint
         done.told[-1]["sparsity"] = {"zeros": result.report["zeros"], **config.to_json()}
 

@@ -12,7 +12,6 @@ from onnxpress.cli.options import (
     Command,
     Output,
     common,
-    layer_lines,
     layer_numbers,
     model_argument,
     optional_data_options,
@@ -20,6 +19,7 @@ from onnxpress.cli.options import (
     pack_option,
     provider_option,
 )
+from onnxpress.cli.prune_text import prune_text
 from onnxpress.cli.training import loop_options
 from onnxpress.prune_choice import (
     CALIBRATE,
@@ -257,52 +257,5 @@ def prune_command(
         result = plan_model(model, data, config, out, run, choice)
     else:
         result = prune_model(model, data, config, out, run, choice, training)
-    output.show(result, _told)
+    output.show(result, prune_text)
     require_target(result)
-
-
-def _told(result: dict[str, Any]) -> str:
-    lines = layer_lines(result["layers"]) if "layers" in result else []
-    if "reconstruction" in result:
-        fit = result["reconstruction"]
-        lines.append(
-            f"blocks' error {100 * fit['before']:.1f} % of what they gave, "
-            f"{100 * fit['after']:.1f} % after reconstruction"
-        )
-    if "measured" in result:
-        lines.append(_measured_line(result["measured"]))
-    if "healing" in result:
-        healing = result["healing"]
-        lines.append(
-            f"healed for {healing['steps']} steps: loss {healing['loss_first']:.4g} → "
-            f"{healing['loss_last']:.4g}"
-        )
-    if "sparsity" in result:
-        lines.append(f"{100 * result['sparsity']['zeros']:.1f} % of the blocks' weights are zero")
-    lines += _vocabulary_lines(result.get("vocabulary"))
-    end = result["path"]
-    if "parameters_after" in result:
-        end += f": {result['parameters_before']:,} → {result['parameters_after']:,} parameters"
-    return "\n".join([*lines, end])
-
-
-def _measured_line(found: dict[str, Any]) -> str:
-    if "megabytes" in found:
-        return f"{found['megabytes_before']:.1f} → {found['megabytes']:.1f} MB of weights"
-    low, high = found["interval"]
-    return (
-        f"{found['milliseconds_before']:.1f} → {found['milliseconds']:.1f} ms a call, measured: "
-        f"{found['speedup']:.2f} × as fast ({low:.2f} to {high:.2f})"
-    )
-
-
-def _vocabulary_lines(found: dict[str, Any] | None) -> list[str]:
-    if found is None:
-        return []
-    lines = [f"{found['tokens_before']:,} → {found['tokens_after']:,} tokens"]
-    if "unknown_words" in found:
-        lines.append(
-            f"{100 * found['unknown_words']:.2f} % of words that were not seen are unknown, "
-            f"{100 * found['unknown_words_before']:.2f} % before"
-        )
-    return lines

@@ -215,7 +215,7 @@ def test_single_weights_stay_zero_through_healing(
     assert zero_share(made) == pytest.approx(0.5, abs=0.01)
     assert [e["stage"] for e in made.lineage[1:]] == ["prune", "sparsify", "distill"]
     line = ("--sparsity", "2:4", "--sparsity-method", "magnitude", "-o", tmp_path / "alone")
-    done(prune(*line, data=None))
+    done(prune(*line))
     assert [e["stage"] for e in open_checkpoint(tmp_path / "alone").lineage[1:]] == ["sparsify"]
 
 

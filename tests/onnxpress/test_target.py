@@ -16,7 +16,8 @@ from compress.byte_cost import weight_bytes
 from compress.checkpoint import Checkpoint
 from compress.plan import PrunePlan
 from compress.prune import Study
-from onnxpress.target import Aim, Target, parse_shapes, target_of
+from onnxpress.aim import Aim
+from onnxpress.target import Target, parse_shapes, target_of
 from tests.benchmarks.yardsticks import CountingYardstick, milliseconds
 from tests.tiny import tiny_checkpoint
 
