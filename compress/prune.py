@@ -11,6 +11,7 @@ from compress.blocks import find_groups, locked_attentions
 from compress.checkpoint import Checkpoint, StageResult, parameter_count, weights_sha256
 from compress.config import StageConfig, require
 from compress.importance import gradient_importance
+from compress.kept import plan_record
 from compress.plan import PrunePlan, plan_removal
 
 
@@ -72,7 +73,7 @@ def prune(
             settings=config.to_json(),
             parent=weights_sha256(checkpoint.backbone),
             data=batches.fingerprint,
-            units={group.key: group.units for group in groups},
+            **plan_record(checkpoint, plan),
             metrics={k: report[k] for k in ("parameters_before", "parameters_after")},
         ),
         report,
