@@ -47,6 +47,7 @@ def draw(found: Mapping[str, Any], path: Path, overwrite: bool = False) -> None:
     if path.exists() and not overwrite:
         raise DestinationError(f"{path} exists; pass --overwrite to replace it")
     with destination_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_kept_plot(found["layers"], title, path)
 
 

@@ -90,8 +90,8 @@ def test_weight_only(place: Path, tmp_path: Path) -> None:
 
 def test_inspect_draws_what_is_kept(place: Path, tmp_path: Path) -> None:
     must(
-        "compress", "prune", place / "encoder", "--data", place / "text.txt", "--heads", 0.25,
-        "--ffn", 0.25, "--round-to", 8, "-o", tmp_path / "pruned",
+        "compress", "prune", place / "encoder", "--data", place / "text.txt", "--max-length", 32,
+        "--heads", 0.25, "--ffn", 0.25, "--round-to", 8, "-o", tmp_path / "pruned",
     )  # fmt: skip
     picture = tmp_path / "kept.png"
     result = invoke("compress", "inspect", tmp_path / "pruned", "--plot", picture)
@@ -102,7 +102,7 @@ def test_inspect_draws_what_is_kept(place: Path, tmp_path: Path) -> None:
     assert (again.exit_code, "exists; pass --overwrite" in again.stderr) == (8, True)
     wrong = invoke("compress", "inspect", tmp_path / "pruned", "--plot", tmp_path / "kept.doc")
     assert (wrong.exit_code, wrong.stderr.count("\n")) == (2, 1)
-    nowhere = tmp_path / "no" / "kept.png"
+    nowhere = picture / "kept.png"
     assert invoke("compress", "inspect", tmp_path / "pruned", "--plot", nowhere).exit_code == 8
 
 
