@@ -32,13 +32,17 @@ def apply_plan(checkpoint: Checkpoint, plan: PrunePlan) -> Checkpoint:
     pruned = replace(checkpoint, module=copy.deepcopy(checkpoint.module))
     structure = dict(checkpoint.structure)
     for group in find_groups(pruned.backbone):
-        structure |= _cut_(pruned.backbone, group, plan.keep.get(group.key, range(group.units)))
+        keep = plan.keep.get(group.key, range(group.units))
+        structure |= _cut_(pruned.backbone, group, keep)
+        queries = f"{group.name}.queries"
+        if group.kind == "heads" and queries in structure:  # they go along
+            structure[queries] = structure[queries] * len(keep) // group.units
     # renumbered by what the removed key/value heads leave
     whole = {group.key: group for group in query_groups(checkpoint.backbone)}
     for group in query_groups(pruned.backbone):
         if group.key in plan.keep:
-            keep = kept_queries(whole[group.key], plan.keep[group.key], plan)
-            structure |= _cut_(pruned.backbone, group, keep)
+            stay = kept_queries(whole[group.key], plan.keep[group.key], plan)
+            structure |= _cut_(pruned.backbone, group, stay)
     pruned = replace(pruned, structure=structure)
     if plan.hidden is not None and len(plan.hidden) < (pruned.hidden_size or 0):
         pruned = _keep_channels(pruned, plan.hidden)

@@ -37,16 +37,16 @@ class PrunePlan:
             if units[0] < 0 or any(a >= b for a, b in itertools.pairwise(units)):
                 raise ConfigError(
                     f"the plan's indices of {name} must be ascending from 0 up, each once, "
-                    f"got {_ranges(units)}"
+                    f"got {ranges(units)}"
                 )
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as a JSON-able dict, its indices as ranges: `"0-15,32"`."""
-        made: dict[str, Any] = {"keep": {k: _ranges(units) for k, units in self.keep.items()}}
+        made: dict[str, Any] = {"keep": {k: ranges(units) for k, units in self.keep.items()}}
         if self.layers:
-            made["layers"] = {stack: _ranges(kept) for stack, kept in self.layers.items()}
+            made["layers"] = {stack: ranges(kept) for stack, kept in self.layers.items()}
         if self.hidden is not None:
-            made["hidden"] = _ranges(self.hidden)
+            made["hidden"] = ranges(self.hidden)
         return made
 
     @classmethod
@@ -128,12 +128,12 @@ def _check_range(name: str, units: Sequence[int], count: int) -> None:
     if units[-1] >= count:
         raise ConfigError(
             f"the plan's indices of {name} must be below {count}, got "
-            f"{_ranges([u for u in units if u >= count])}"
+            f"{ranges([u for u in units if u >= count])}"
         )
 
 
-def _ranges(indices: Iterable[int]) -> str:
-    """Return indices as text, runs of them as `first-last`."""
+def ranges(indices: Iterable[int]) -> str:
+    """Return ascending indices as text, runs of them as `first-last`: `"0-15,32"`."""
     runs: list[list[int]] = []
     for index in indices:
         if runs and index == runs[-1][-1] + 1:
@@ -144,7 +144,7 @@ def _ranges(indices: Iterable[int]) -> str:
 
 
 def _indices(name: str, value: Any) -> tuple[int, ...]:
-    """Return the indices that `_ranges` or a list of numbers says."""
+    """Return the indices that `ranges` or a list of numbers says."""
     if isinstance(value, str):
         found: list[int] = []
         for part in filter(None, (part.strip() for part in value.split(","))):

@@ -14,6 +14,7 @@ from compress.apply_plan import apply_plan
 from compress.blocks import Group, find_groups, locked_attentions
 from compress.checkpoint import Checkpoint, StageResult, parameter_count, weights_sha256
 from compress.criteria import unit_importance
+from compress.kept import plan_record
 from compress.moments import moments
 from compress.plan import PrunePlan
 from compress.prune_config import PruneConfig
@@ -151,7 +152,7 @@ def carry_out(
             settings=config.to_json(),
             parent=weights_sha256(checkpoint.backbone),
             data=None if batches is None else batches.fingerprint,
-            units={group.key: group.units for group in groups},
+            **plan_record(checkpoint, plan),
             plan=plan.to_json(),
             **details,
             metrics={k: report[k] for k in ("parameters_before", "parameters_after")},

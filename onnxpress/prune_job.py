@@ -99,6 +99,7 @@ class PruneJob:
     def report(self, done: Progressed) -> dict[str, Any]:
         """Return what there is to tell of a finished run."""
         from compress.checkpoint import parameter_count
+        from compress.kept import kept_units
 
         measured = done.told[-1].get("measured")
         healed = [told["healing"] for told in done.told if "healing" in told]
@@ -106,7 +107,7 @@ class PruneJob:
         return {
             "parameters_before": parameter_count(self.source.backbone),
             "parameters_after": parameter_count(done.checkpoint.backbone),
-            "layers": kept_units(self.source, done),
+            "layers": kept_units(done.checkpoint),
             **({"measured": measured} if measured else {}),
             **({"reconstruction": _mean_fit(fits)} if fits else {}),
             **{k: v for k, v in done.told[-1].items() if k in ("sparsity", "vocabulary")},
@@ -258,20 +259,6 @@ def read_plan(path: Path) -> "PrunePlan":
         return PrunePlan.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as a plan: {error}") from error
-
-
-def kept_units(source: "Checkpoint", done: Progressed) -> dict[str, dict[str, int]]:
-    """Return of each group of the source how many units it had and has; none where its layer went."""
-    from compress.blocks import find_groups
-    from compress.resize import original_name
-
-    rows = {g.key: {"units": g.units, "kept": 0} for g in find_groups(source.backbone)}
-    for group in find_groups(done.checkpoint.backbone):
-        name = group.name
-        for plan in reversed(done.plans):
-            name = original_name(name, plan.layers)
-        rows[f"{name}.{group.kind}"]["kept"] = group.units
-    return rows
 
 
 def _mean_fit(fits: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

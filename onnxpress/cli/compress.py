@@ -109,12 +109,20 @@ def distill_command(
 
 @compress_group.command("inspect")
 @model_argument
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw what each layer keeps: a .png, .svg or .pdf file.",
+)
 @common
-def inspect_command(model: ModelChoice, run: Run, output: Output) -> None:
+def inspect_command(model: ModelChoice, plot: Path | None, run: Run, output: Output) -> None:
     """Show what a model is, what each layer keeps, and how it came about."""
-    from onnxpress.inspection import describe
+    from onnxpress.inspection import describe, draw
 
-    output.show(describe(model.open()), _inspect_text)
+    found = describe(model.open())
+    if plot is not None:
+        draw(found, plot, run.overwrite)
+    output.show(found, _inspect_text)
 
 
 def _inspect_text(found: dict[str, Any]) -> str:
@@ -132,12 +140,25 @@ def _inspect_text(found: dict[str, Any]) -> str:
             else []
         ),
         *([f"adapter     {found['adapter']}, not merged"] if found["adapter"] else []),
-        *layer_lines(found["layers"]),
+        *_kept_lines(found),
     ]
     for stage in found["lineage"]:
         settings = ", ".join(f"{k}={v}" for k, v in (stage.get("settings") or {}).items())
         lines.append(f"stage       {stage['stage']} {settings or stage.get('model', '')}")
     return "\n".join(lines)
+
+
+def _kept_lines(found: dict[str, Any]) -> list[str]:
+    """Return what is kept of the residual stream, the stacks and each layer, as it was first named."""
+    from compress.plan import ranges
+
+    hidden = found["hidden"]
+    lines = [f"hidden      {hidden['kept']} of {hidden['units']}"] if hidden else []
+    lines += [
+        f"layers      {stack} {ranges(row['kept'])}, {len(row['kept'])} of {row['of']}"
+        for stack, row in found["stacks"].items()
+    ]
+    return lines + layer_lines(found["layers"])
 
 
 def _quantization_lines(found: dict[str, Any] | None) -> list[str]:

@@ -147,6 +147,18 @@ def test_query_heads_are_pruned_again() -> None:
     assert dict(both.structure) == dict(once.structure) == {keys[0]: 2}
 
 
+def test_query_heads_go_along_with_their_key_value_head(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint("llama", num_attention_heads=8, hidden_size=32)
+    queries, pairs = (f"layers.1.self_attn.{kind}" for kind in ("queries", "heads"))
+    fewer = apply_plan(checkpoint, PrunePlan({queries: (0, 1, 2, 5, 6, 7)}))
+    both = apply_plan(fewer, PrunePlan({pairs: (1,)}))
+    assert dict(both.structure) == {queries: 3, pairs: 1}
+    assert same(both, open_checkpoint(write(both, tmp_path / "both")))
+    at_once = apply_plan(checkpoint, PrunePlan({queries: (5, 6, 7), pairs: (1,)}))
+    assert weights_sha256(both.module) == weights_sha256(at_once.module)
+    assert dict(at_once.structure) == dict(both.structure)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma", "t5"])
 def test_the_cache_follows_dropped_layers(family: str) -> None:
     task = "text2text-generation" if family == "t5" else "text-generation"
