@@ -27,7 +27,7 @@ from compress.rounding import STRIDE, Settled, settle
 
 METHODS = ("sparsegpt", "wanda", "magnitude")
 PATTERNS = ("free", "2:4")
-_RIDGE = 0.1
+_RIDGE = 0.1  # of each input's moment, added to it: sparse layers before this one change its inputs
 
 
 @dataclass(frozen=True)

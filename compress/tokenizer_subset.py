@@ -11,8 +11,10 @@ import copy
 import itertools
 import json
 import re
+import string
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +53,9 @@ def token_ids(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[list[int]]]
 def closed(tokenizer: Any, ids: Collection[int]) -> list[int]:
     """Return `ids` and those that must stay with them, ascending.
 
-    That are special and added tokens, single characters and bytes, of which words are made that are
-    not known whole, and what BPE's merges need. Of whole words (WordLevel) no characters are kept.
+    That are special and added tokens, and what BPE's merges need. With them stay the single characters
+    that occur in tokens that stay, and ASCII and bytes: words that are not known whole are made of them.
+    Of whole words (WordLevel) no characters are kept.
     """
     data = _as_json(tokenizer)
     model = _model(data)
@@ -63,7 +66,7 @@ def closed(tokenizer: Any, ids: Collection[int]) -> list[int]:
     if model.get("unk_id") is not None:
         kept.add(int(model["unk_id"]))
     if model["type"] != "WordLevel":
-        kept |= {place for token, place in vocabulary.items() if _is_character(token, model)}
+        kept |= _characters(vocabulary, kept, model, bytes_alone="ByteLevel" in json.dumps(data))
     if model["type"] == "BPE":
         named = {place: token for token, place in vocabulary.items()}
         kept |= {
@@ -108,25 +111,25 @@ def subset(tokenizer: Any, kept: Sequence[int]) -> Any:
     return made
 
 
-def unknown_words(tokenizer: Any, texts: Iterable[str]) -> float:
-    """Return the share of the words in `texts` of which the tokenizer does not know some part.
+@dataclass(frozen=True)
+class WordPieces:
+    """What a tokenizer makes of words, each counted as often as it occurs."""
 
-    Words are what it splits texts into before it looks them up, each as often as it occurs.
-    """
-    unknown = total = 0
+    unknown: float  # share of the words of which some part is not known
+    pieces: float  # tokens for each word
+
+
+def word_pieces(tokenizer: Any, texts: Iterable[str]) -> WordPieces:
+    """Return what the tokenizer makes of the words in `texts`: what it splits them into at first."""
+    unknown = words = pieces = 0
     for chunk in _chunks(texts):
         encoded = tokenizer(chunk, add_special_tokens=False, truncation=False, verbose=False)
         for encoding in encoded.encodings:
-            words = set(encoding.word_ids) - {None}
-            total += len(words)
-            unknown += len(
-                {
-                    word
-                    for word, token in zip(encoding.word_ids, encoding.ids)
-                    if token == tokenizer.unk_token_id and word is not None
-                }
-            )
-    return unknown / total if total else 0.0
+            placed = [(w, i) for w, i in zip(encoding.word_ids, encoding.ids) if w is not None]
+            words += len({word for word, _ in placed})
+            unknown += len({word for word, token in placed if token == tokenizer.unk_token_id})
+            pieces += len(placed)
+    return WordPieces(unknown / max(words, 1), pieces / max(words, 1))
 
 
 # --- tokenizer.json -----------------------------------------------------------------------------
@@ -183,13 +186,25 @@ def _renumbered_processor(value: Any, expected: Mapping[str, int]) -> Any:
 # --- tokens -------------------------------------------------------------------------------------
 
 
-def _is_character(token: str, model: Mapping[str, Any]) -> bool:
-    """Whether a token stands for one character or byte, at the start of a word, in it, or at its end."""
-    if _BYTE.fullmatch(token):
-        return True
-    bare = token.removeprefix(model.get("continuing_subword_prefix") or "")
-    bare = bare.removesuffix(model.get("end_of_word_suffix") or "")
-    return len(bare.removeprefix("▁")) <= 1
+def _characters(
+    vocabulary: Mapping[str, int],
+    kept: Collection[int],
+    model: Mapping[str, Any],
+    bytes_alone: bool,
+) -> set[int]:
+    """Return the single characters and bytes that words may be made of."""
+    alphabet = set(string.printable)
+    for token, place in vocabulary.items():
+        if place in kept:
+            alphabet |= set(token)
+    found = set()
+    for token, place in vocabulary.items():
+        bare = token.removeprefix(model.get("continuing_subword_prefix") or "")
+        bare = bare.removesuffix(model.get("end_of_word_suffix") or "").removeprefix("▁")
+        known = bare in alphabet or (bytes_alone and len(bare) == 1)  # then each is a byte
+        if (len(bare) <= 1 and (not bare or known)) or _BYTE.fullmatch(token):
+            found.add(place)
+    return found
 
 
 def _pair(merge: Any) -> tuple[str, str]:

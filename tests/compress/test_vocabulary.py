@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from calib_data.characters import character_tokenizer
-from calib_data.errors import DataError, ModelError
+from calib_data.errors import ConfigError, DataError, ModelError
 from compress import vocabulary
 from compress.adapter_plan import AdapterConfig
 from compress.adapters import add_adapter
@@ -28,7 +28,7 @@ from compress.loading import open_checkpoint
 from compress.quantize import quantize
 from compress.quantize_config import QuantizeConfig
 from compress.signature import transformer_signature
-from compress.tokenizer_subset import closed, subset, unknown_words
+from compress.tokenizer_subset import closed, subset, word_pieces
 from compress.vocabulary import prune_vocabulary
 from tests.tiny import FAMILIES, SENTENCES, VISION, tiny_checkpoint, tiny_tokenizer, write
 
@@ -225,7 +225,24 @@ def test_what_is_not_seen_is_told_of() -> None:
     report = prune_vocabulary(checkpoint, ["ab"] * 10 + ["fab"] + ["ab"] * 9).report
     assert report["unknown_words"] == pytest.approx(1 / 5)  # f of "ab" and "fab"
     assert report["unknown_words_before"] == 0
-    assert unknown_words(checkpoint.processor, ["xax"]) == pytest.approx(2 / 3)
+    assert report["pieces_per_word"] == report["pieces_per_word_before"] == 1
+    assert word_pieces(checkpoint.processor, ["xax"]).unknown == pytest.approx(2 / 3)
+
+
+def test_rare_tokens_and_foreign_letters_go() -> None:
+    checkpoint = tiny_checkpoint("bert")
+    texts = ["the cat sat", "the cat ran", "the cat"] * 4
+    every, frequent = (
+        prune_vocabulary(checkpoint, texts, min_count=count).checkpoint.processor.get_vocab()
+        for count in (1, 5)
+    )
+    assert set(every) - set(frequent) == {"sat", "ran"}
+    assert {"q", "##q"} <= frequent.keys()  # any word of its letters is still split
+    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "水": 2, "##水": 3, "あ": 4}))
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+    assert closed(made, {2}) == [0, 1, 2, 3]
+    with pytest.raises(ConfigError, match="--vocab-min-count must be at least 1, got 0"):
+        prune_vocabulary(checkpoint, texts, min_count=0)
 
 
 def test_generation_settings_follow() -> None:
@@ -270,7 +287,7 @@ def test_bad_input_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelError, match="splits texts otherwise"):
         prune_vocabulary(checkpoint, TEXTS)
     monkeypatch.undo()
-    shrunk = vocabulary._shrunk
+    shrunk = vocabulary.with_rows
 
     def swapped(*args: Any) -> Checkpoint:
         made = shrunk(*args)
@@ -279,6 +296,6 @@ def test_bad_input_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
             table.copy_(table.flip(0))
         return made
 
-    monkeypatch.setattr(vocabulary, "_shrunk", swapped)
+    monkeypatch.setattr(vocabulary, "with_rows", swapped)
     with pytest.raises(ModelError, match="gives another last_hidden_state"):
         prune_vocabulary(checkpoint, TEXTS)
