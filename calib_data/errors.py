@@ -42,7 +42,7 @@ class ProviderError(OnnxPressError):
 
 
 class BudgetError(OnnxPressError):
-    """A quantized model is worse than it may be; the best one found was written."""
+    """A quantized model is worse, or a pruned one slower, than it may be; the best found was written."""
 
     exit_code = 6
 

@@ -95,7 +95,8 @@ def adapter_skeleton_(model: Any, adapters: Mapping[str, Any], dropout: float = 
 def merge_adapter(checkpoint: Checkpoint) -> Checkpoint:
     """Return a copy whose adapters are part of the weights: equal to rounding, and any other model.
 
-    Raises `ModelError` for a checkpoint without adapters, or with those that cannot be merged.
+    Raises `ModelError` for a checkpoint without adapters, or with those that cannot be merged, and for a
+    sparse one.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -106,6 +107,11 @@ def merge_adapter(checkpoint: Checkpoint) -> Checkpoint:
         raise ModelError(
             f"the method {method} computes what no weight can hold; only {' and '.join(MERGEABLE)} "
             "can be merged"
+        )
+    if checkpoint.sparse:
+        raise ModelError(
+            "merging fills the zeros of a sparse model; fine-tune it whole (--method full), which "
+            "keeps them, or keep the adapter beside it"
         )
     merged = replace(checkpoint, module=copy.deepcopy(checkpoint.module), adapters=None)
     model: Any = merged.backbone

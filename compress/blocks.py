@@ -2,21 +2,30 @@
 
 There is no branch per family. A transformer names its projections in one of a few ways; the tables
 below list them, and a group of prunable units is described by where each unit lies along the rows or
-columns of each weight. A family that names them differently needs one more row.
+columns of each weight. A family that names them differently needs one more row; a user's own module
+says it itself (see `described`).
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from calib_data.errors import ModelError
+from compress.described import (
+    HINT,
+    Heads,
+    Neurons,
+    described_heads,
+    described_neurons,
+    misfit,
+)
 from compress.int8 import DynamicInt8Linear
 from compress.static_int8 import StaticInt8Linear
 from compress.weight_only import WeightOnlyLinear
 
-Kind = Literal["heads", "neurons"]
+Kind = Literal["heads", "neurons", "queries"]
 
 # separate projections: one name each for query, key, value; then the names an output may have
 _QUERY = ("query", "q_lin", "q", "q_proj", "query_proj")
@@ -55,9 +64,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Group:
-    """Units that are removed together: the heads of one attention, the neurons of one layer.
+    """Units that can be removed: the heads of one attention, the neurons of one layer.
 
-    With grouped key/value heads a unit is one key/value head with all its query heads.
+    With grouped key/value heads a unit of the kind `heads` is one key/value head with all its query
+    heads; one of the kind `queries` is a query head, of which each key/value head keeps as many.
     """
 
     name: str  # of the module that holds the projections
@@ -65,6 +75,8 @@ class Group:
     units: int
     parts: tuple[Part, ...]
     down: str  # the projection whose input features carry the units' results
+    runs: int = 1  # so many equal runs of units must each keep the same number: key/value heads
+    follow: tuple[str, ...] = ()  # attributes of the module that grow with the number of units
 
     @property
     def key(self) -> str:
@@ -106,7 +118,7 @@ def find_groups(model: nn.Module) -> tuple[Group, ...]:
         raise ModelError(
             f"{type(model).__name__}: no attention or feed-forward block found; looked for "
             f"projections named like {', '.join(_QUERY)} or {', '.join(_FUSED)}, and "
-            f"{', '.join(down for _, down, _ in _FEED_FORWARD)}; add a row to compress/blocks.py"
+            f"{', '.join(down for _, down, _ in _FEED_FORWARD)}; {HINT}"
         )
     return tuple(found.values())
 
@@ -134,61 +146,98 @@ def _attention(model: nn.Module, name: str, module: nn.Module) -> Group | None:
     return None if found is None or _shared_per_head(model, name) else found
 
 
+def query_groups(model: nn.Module) -> tuple[Group, ...]:
+    """Return the query heads of each attention that shares key/value heads among them.
+
+    They can be removed evenly, as many of each key/value head, which stays. Empty without any.
+    """
+    found = []
+    for group in find_groups(model):
+        if group.kind == "heads" and len(group.parts) == 4:
+            query, key, _, down = group.parts
+            shared = query.width // key.width
+            if shared > 1:
+                parts = tuple(replace(part, width=key.width) for part in (query, down))
+                units = group.units * shared
+                found.append(
+                    replace(group, kind="queries", units=units, parts=parts, runs=group.units)
+                )
+    return tuple(found)
+
+
 def _attention_of(model: nn.Module, name: str, module: nn.Module) -> Group | None:
-    fused = next((n for n in _FUSED if is_linear(getattr(module, n, None))), None)
-    query, key, value = (_child(module, names) for names in (_QUERY, _KEY, _VALUE))
-    if not fused and not (query and key and value):
+    told = described_heads(name, module)
+    names = told or _named_heads(model, name, module)
+    if names is None:
         return None
-    if fused:
-        out_name, copies = _FUSED[fused]
-        down, out = f"{name}.{out_name}", getattr(module, out_name)
+    wrong = next((path for path in (*names.inputs, names.out) if not _has(model, path)), None)
+    if wrong is not None:
+        raise misfit(name, "heads", wrong)
+    inputs, down = names.inputs, names.out
+    sizes = [features(model.get_submodule(path))[1] for path in inputs]
+    carried = features(model.get_submodule(down))[0]
+    if len(inputs) == 1:
+        units, rest = divmod(carried, names.width)
+        fits = not rest and sizes[0] == 3 * carried and names.copies in (1, 3)
+        each = [names.width * (3 // names.copies)] if fits else []
     else:
-        below = _child(module, _OUT)
-        # BERT keeps the output projection in a sibling module
-        parent_name, _, last = name.rpartition(".")
-        sibling = f"{parent_name}.output.dense"
-        if below is not None:
-            down = f"{name}.{below}"
-        elif last == "self" and _has(model, sibling):
-            down = sibling
-        else:
-            return None
-        out = model.get_submodule(down)
-    width = _head_width(module)
-    if width is None or features(out)[0] % width:
+        units, rest = divmod(sizes[1], names.width)
+        fits = bool(units) and not rest and sizes[1] == sizes[2] and sizes[0] == carried
+        fits = fits and carried % (units * names.width) == 0
+        each = [carried // units, names.width, names.width] if fits else []
+    if not fits:
+        if told:
+            raise misfit(name, "heads", down)
         return None
+    parts = [Part(path, True, width, names.copies) for path, width in zip(inputs, each)]
+    parts.append(Part(down, False, carried // units))
+    return Group(name, "heads", units, tuple(parts), down, follow=names.follow)
+
+
+def _named_heads(model: nn.Module, name: str, module: nn.Module) -> Heads | None:
+    """Return the attention that `module` is, if its projections have one of the usual names."""
+    fused = next((n for n in _FUSED if is_linear(getattr(module, n, None))), None)
+    separate = tuple(_child(module, names) for names in (_QUERY, _KEY, _VALUE))
+    width = _head_width(module)
+    if width is None or not (fused or all(separate)):
+        return None
+    prefix = f"{name}." if name else ""
     if fused:
-        units = features(out)[0] // width
-        parts = [Part(f"{name}.{fused}", True, width * (3 // copies), copies)]
-        return Group(name, "heads", units, (*parts, Part(down, False, width)), down)
-    units = features(getattr(module, str(key)))[1] // width
-    per_unit = features(getattr(module, str(query)))[1] // units
-    return Group(
-        name,
-        "heads",
-        units,
-        (
-            Part(f"{name}.{query}", True, per_unit),
-            Part(f"{name}.{key}", True, width),
-            Part(f"{name}.{value}", True, width),
-            Part(down, False, per_unit),
-        ),
-        down,
-    )
+        out, copies = _FUSED[fused]
+        found = Heads((f"{prefix}{fused}",), f"{prefix}{out}", width, copies)
+        return found if _has(module, out) else None
+    inputs = tuple(f"{prefix}{path}" for path in separate)
+    below = _child(module, _OUT)
+    if below is not None:
+        return Heads(inputs, f"{prefix}{below}", width)
+    # BERT keeps the output projection in a sibling module
+    parent_name, _, last = name.rpartition(".")
+    sibling = f"{parent_name}.output.dense"
+    return Heads(inputs, sibling, width) if last == "self" and _has(model, sibling) else None
 
 
 def _feed_forward(name: str, module: nn.Module) -> Group | None:
-    prefix = f"{name}." if name else ""
-    for ups, down, copies in _FEED_FORWARD:
-        if not all(_has(module, path) for path in (*ups, down)):
-            continue
-        units = features(module.get_submodule(down))[0]
-        if any(features(module.get_submodule(up))[1] != units * copies for up in ups):
-            continue
-        parts = [Part(f"{prefix}{up}", True, 1, copies) for up in ups]
-        parts.append(Part(f"{prefix}{down}", False, 1))
-        return Group(name, "neurons", units, tuple(parts), f"{prefix}{down}")
+    told = described_neurons(name, module)
+    rows = [told] if told else [Neurons(*row) for row in _FEED_FORWARD]
+    for row in rows:
+        group = _feed_forward_of(name, module, row)
+        if group is not None:
+            return group
+    if told:
+        raise misfit(name, "neurons", told.down)
     return None
+
+
+def _feed_forward_of(name: str, module: nn.Module, row: Neurons) -> Group | None:
+    prefix = f"{name}." if name else ""
+    if not all(_has(module, path) for path in (*row.ups, row.down)):
+        return None
+    units = features(module.get_submodule(row.down))[0]
+    if any(features(module.get_submodule(up))[1] != units * row.copies for up in row.ups):
+        return None
+    parts = [Part(f"{prefix}{up}", True, 1, row.copies) for up in row.ups]
+    parts.append(Part(f"{prefix}{row.down}", False, 1))
+    return Group(name, "neurons", units, tuple(parts), f"{prefix}{row.down}")
 
 
 def _child(module: nn.Module, names: tuple[str, ...]) -> str | None:

@@ -7,13 +7,12 @@ given the same tensor have them in common, so that they agree on its scale.
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from calib_data.errors import DataError, ModelError
 from compress.calibration_state import Tallies, calibration_state
@@ -21,7 +20,7 @@ from compress.checkpoint import Checkpoint
 from compress.input_stats import InputStats, Tally
 from compress.layer_inputs import watching
 from compress.padding import Layouts, input_layouts, masks_of, real_vectors
-from compress.processes import on_cpu
+from compress.processes import on_device
 from compress.quantize_config import QuantizeConfig
 
 
@@ -86,7 +85,7 @@ def calibrate(
     names = list(names)
     with (
         calibration_state(state, checkpoint, names, batches.fingerprint, moments) as saved,
-        _on_device(checkpoint.module) as device,
+        on_device(checkpoint.module) as device,
         torch.no_grad(),
     ):
         layouts = input_layouts(checkpoint, names)
@@ -180,15 +179,3 @@ def _shared(names: Iterable[str], tallies: Tallies, moments: bool) -> dict[str, 
             made[own] = whole.stats()
         inputs[name] = made[own]
     return inputs
-
-
-@contextmanager
-def _on_device(module: nn.Module) -> Iterator[torch.device]:
-    """Yield the device that calibration runs on, with the module on it until the block ends."""
-    before = next(module.parameters()).device
-    device = before if on_cpu() else torch.device("cuda")
-    module.to(device)
-    try:
-        yield device
-    finally:
-        module.to(before)

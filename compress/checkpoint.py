@@ -28,7 +28,8 @@ MANIFEST = "onnxpress.json"
 class Checkpoint:
     """A module in eval mode with its task, processor, signature and history.
 
-    `structure` maps a block's name to the units it keeps where that differs from the config;
+    `structure` maps a block's name to the number of units it keeps where that differs from the
+    config, and a stack's of a user's own module to the layers it keeps (see `surgery.resize_`);
     `quantization` holds the scheme's settings and the names of the quantized modules, `adapters` the
     method's settings and the names of the adapted ones.
     """
@@ -37,7 +38,7 @@ class Checkpoint:
     task: str
     signature: Signature
     processor: Any = None  # a tokenizer, an image processor, an ImageShape, or None
-    structure: Mapping[str, int] = field(default_factory=dict)
+    structure: Mapping[str, Any] = field(default_factory=dict)
     quantization: Mapping[str, Any] | None = None
     adapters: Mapping[str, Any] | None = None
     lineage: tuple[Mapping[str, Any], ...] = ()
@@ -55,6 +56,14 @@ class Checkpoint:
         return getattr(self.backbone, "config", None)
 
     @property
+    def hidden_size(self) -> int | None:
+        """The channels of the residual stream, or None where no config tells them.
+
+        A pruned model has fewer than its config says, which it is built from.
+        """
+        return self.structure.get("hidden", getattr(self.config, "hidden_size", None))
+
+    @property
     def task_row(self) -> Task:
         """The row of the task table."""
         return TASKS.get(self.task, CUSTOM)
@@ -64,6 +73,11 @@ class Checkpoint:
         """The output that metrics and losses look at."""
         preferred = self.task_row.output
         return preferred if preferred in self.signature.outputs else self.signature.outputs[0]
+
+    @property
+    def sparse(self) -> bool:
+        """Whether some weights were made zero, which later training must leave so."""
+        return any(stage.get("stage") == "sparsify" for stage in self.lineage)
 
     @property
     def max_length(self) -> int | None:
@@ -172,7 +186,7 @@ def save_processor(checkpoint: Checkpoint, directory: Path) -> None:
         _name_tokenizer_for_all(directory / "tokenizer_config.json")
     files = checkpoint.sidecars
     if isinstance(checkpoint.module, SentenceEncoder):
-        files = current_files(checkpoint.module, files)
+        files = current_files(checkpoint.module, files, checkpoint.hidden_size)
     for name, content in files.items():
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)

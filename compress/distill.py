@@ -16,6 +16,7 @@ from compress.loss_table import loss_terms
 from compress.matching import Scene
 from compress.observe import Observed, Observer, observe
 from compress.pairing import Pairing, pair_up, teacher_side
+from compress.sparsity import hold_zeros
 from compress.teacher_cache import TeacherCache, kept_for
 from compress.training import TrainConfig, TrainRun, train_
 
@@ -116,15 +117,16 @@ def distill(
     projections = made.pairing.setup.projections
     module = nn.ModuleDict({"student": trained.module, "projections": projections})
     try:
-        log = train_(
-            module,
-            made.terms,
-            batches,
-            config.train,
-            progress,
-            evaluate=(lambda: evaluate(trained)) if evaluate else None,
-            run=run,
-        )
+        with hold_zeros(trained):
+            log = train_(
+                module,
+                made.terms,
+                batches,
+                config.train,
+                progress,
+                evaluate=(lambda: evaluate(trained)) if evaluate else None,
+                run=run,
+            )
     finally:
         teacher.module.cpu()
         trained.module.cpu()

@@ -19,6 +19,7 @@ from compress.adapters import add_adapter, merge_adapter, refuse_adapters
 from compress.checkpoint import Checkpoint, StageResult, parameter_count, weights_sha256
 from compress.config import StageConfig, one_of, require
 from compress.losses import hard_targets
+from compress.sparsity import hold_zeros
 from compress.tasks import Target
 from compress.training import TrainConfig, TrainRun, train_, units
 
@@ -120,15 +121,16 @@ def finetune(
         return {"task": total / max(step[unit], 1.0)}
 
     settings = {k: v for k, v in config.to_json().items() if k not in ("train", "merge")}
-    log = train_(
-        trained.module,
-        loss_of,
-        batches,
-        config.train,
-        progress,
-        evaluate=None if evaluation is None else lambda: _figure(evaluate(trained, evaluation)),
-        run=replace(run or TrainRun(), identity={"finetune": settings}),
-    )
+    with hold_zeros(trained):
+        log = train_(
+            trained.module,
+            loss_of,
+            batches,
+            config.train,
+            progress,
+            evaluate=None if evaluation is None else lambda: _figure(evaluate(trained, evaluation)),
+            run=replace(run or TrainRun(), identity={"finetune": settings}),
+        )
     trained.module.cpu()
     if config.merge:
         trained = merge_adapter(trained)

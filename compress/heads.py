@@ -12,7 +12,7 @@ from calib_data.errors import DataError, ModelError
 from calib_data.sources import Examples
 from compress.checkpoint import Checkpoint
 from compress.signature import transformer_signature
-from compress.surgery import resize_
+from compress.surgery import HIDDEN, resize_
 from compress.tasks import Task, get_task, mapping_of
 
 
@@ -148,11 +148,14 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _take_over_(module: Any, checkpoint: Checkpoint) -> tuple[tuple[str, ...], dict[str, int]]:
+def _take_over_(module: Any, checkpoint: Checkpoint) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Give `module` the transformer of `checkpoint`; return what stays new, and the structure."""
     source: Any = checkpoint.backbone
     old, new = _prefix(source), _prefix(module)
-    structure = {new + key.removeprefix(old): n for key, n in checkpoint.structure.items()}
+    structure = {
+        key if key == HIDDEN else new + key.removeprefix(old): n
+        for key, n in checkpoint.structure.items()
+    }
     resize_(module, structure)
     weights = {key: v for key, v in source.state_dict().items() if key.startswith(old)}
     known = module.state_dict()

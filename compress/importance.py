@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from calib_data.errors import DataError, ModelError
 from compress.blocks import Group, input_columns
 from compress.checkpoint import Checkpoint
-from compress.losses import hard_loss
+from compress.example_loss import example_loss
 
 # reads one backward pass: ∂L/∂mask of each of some units, shape (units,)
 Read = Callable[[], Tensor]
@@ -27,9 +27,7 @@ def gradient_importance(
 
     A unit's score is the root mean square over batches of Σ w·∂L/∂w over the weights that carry its
     result onwards: the derivative of the loss by a mask on the unit (first-order Taylor, Molchanov
-    et al. 2017, arXiv:1611.06440). With labels L is the task's loss. Without, L is a projection of
-    the output with random signs; the mean square is then the expected squared change of the output,
-    the model's own behaviour being the target.
+    et al. 2017, arXiv:1611.06440), L being the sum of its examples' losses (see `example_loss`).
 
     Raises `DataError` for no batches, `ModelError` for a loss that is not finite or gradients that
     are all zero.
@@ -63,9 +61,7 @@ def importance_of(
     random = torch.Generator().manual_seed(seed)
     count = 0
     for batch in batches:
-        loss = _loss(checkpoint, batch, random)
-        if not bool(torch.isfinite(loss)):
-            raise ModelError("the calibration loss is not finite; check the weights and the data")
+        loss = example_loss(checkpoint, batch, random)
         module.zero_grad(set_to_none=True)
         loss.backward()
         for key, read in readers.items():
@@ -93,15 +89,3 @@ def _mask_gradient(model: nn.Module, group: Group) -> Tensor:
         return torch.zeros(group.units, dtype=torch.float64)
     product = input_columns(module, module.weight.detach() * module.weight.grad)
     return product.double().sum(dim=0).reshape(group.units, -1).sum(dim=1)
-
-
-def _loss(checkpoint: Checkpoint, batch: Mapping[str, Tensor], random: torch.Generator) -> Tensor:
-    outputs = checkpoint.forward(batch)
-    target = hard_loss(checkpoint.task_row.target, outputs, batch)
-    if target is not None:
-        return target
-    output = outputs[checkpoint.output]
-    signs = torch.randint(0, 2, output.shape, generator=random).to(output) * 2 - 1
-    if output.dim() == 3 and "attention_mask" in batch:
-        signs = signs * batch["attention_mask"].unsqueeze(-1)
-    return (output * signs).sum()

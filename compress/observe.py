@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from calib_data.errors import ModelError, TrainingError
 from compress.checkpoint import Checkpoint
-from compress.students import layer_stack
+from compress.stacks import layer_stack
 
 Need = Literal["outputs", "embeddings", "layers", "attention"]
 

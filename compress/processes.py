@@ -1,11 +1,13 @@
-"""The processes that train together: which of them this is, and how they agree."""
+"""Where a model computes, and the processes that train together: which this is, how they agree."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 T = TypeVar("T")
 
@@ -28,6 +30,20 @@ def training_device() -> "torch.device":
     from accelerate import PartialState
 
     return PartialState(cpu=on_cpu()).device
+
+
+@contextmanager
+def on_device(module: "nn.Module") -> "Iterator[torch.device]":
+    """Yield the device to run `module` on, with the module there until the block ends."""
+    import torch
+
+    before = next(module.parameters()).device
+    device = before if on_cpu() else torch.device("cuda")
+    module.to(device)
+    try:
+        yield device
+    finally:
+        module.to(before)
 
 
 def agreed(action: Callable[[], T]) -> T:

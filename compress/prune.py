@@ -1,108 +1,194 @@
-"""The pruning stage: importance → plan → surgery."""
+"""The pruning stage: what calibration says, a plan, and the plan carried out."""
 
-import copy
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor
 
 from calib_data.batches import Batches
-from calib_data.errors import ModelError
+from calib_data.errors import ConfigError, ModelError
 from compress.adapters import refuse_adapters
-from compress.blocks import find_groups, locked_attentions
+from compress.allocate import best_units, layer_of, plan_removal, removable_layers
+from compress.apply_plan import apply_plan
+from compress.blocks import Group, find_groups, locked_attentions
 from compress.checkpoint import Checkpoint, StageResult, parameter_count, weights_sha256
-from compress.config import StageConfig, require
-from compress.importance import gradient_importance
-from compress.plan import PrunePlan, check_plan, plan_removal
-from compress.surgery import keep_units_
+from compress.criteria import unit_importance
+from compress.kept import plan_record
+from compress.moments import moments
+from compress.plan import PrunePlan
+from compress.prune_config import PruneConfig
+from compress.reconstruct import reconstruct_
+from compress.stacks import droppable_stacks
+from compress.stream_importance import hidden_importance, layer_importance
+
+__all__ = ["PruneConfig", "Study", "carry_out", "plan_by_shares", "prune", "study"]
+
+Progress = Callable[[], None]
 
 
 @dataclass(frozen=True)
-class PruneConfig(StageConfig):
-    """How much to remove."""
+class Study:
+    """What calibration says of a model: the loss of each unit, layer and channel; all add up."""
 
-    heads: float = 0.25  # share of all attention heads, 0 ≤ heads < 1
-    ffn: float = 0.25  # share of all feed-forward neurons, 0 ≤ ffn < 1
-    round_to: int = 16  # neurons are removed in steps of this many, so that kernels stay full
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, value in (("heads", self.heads), ("ffn", self.ffn)):
-            require(0 <= value < 1, f"--{name} must be at least 0 and below 1, got {value}")
-        require(self.round_to >= 1, f"--round-to must be at least 1, got {self.round_to}")
+    groups: tuple[Group, ...]
+    units: Mapping[str, Tensor]  # by group's key
+    layers: Mapping[str, Tensor]  # by stack; empty unless layers are to be chosen
+    hidden: Tensor | None  # None unless channels are to be chosen
 
 
 def prune(
     checkpoint: Checkpoint,
     batches: Batches,
     config: PruneConfig,
-    progress: Callable[[], None] = lambda: None,
+    progress: Progress = lambda: None,
+    plan: PrunePlan | None = None,
 ) -> StageResult:
-    """Return the checkpoint without its least important heads and neurons, smaller for real.
+    """Return the checkpoint without what matters least, or with what `plan` keeps; smaller for real.
 
     The input is untouched. The report holds what every layer keeps, and the parameters before and
     after. Raises `ModelError` for a quantized checkpoint or one without blocks to prune.
     """
+    refuse_pruning(checkpoint)
+    if plan is None:
+        plan = plan_by_shares(checkpoint, study(checkpoint, batches, config, progress), config)
+    return carry_out(checkpoint, plan, config, batches, progress)
+
+
+def refuse_pruning(checkpoint: Checkpoint) -> None:
+    """Raise `ModelError` for a checkpoint whose weights cannot be cut."""
     if checkpoint.quantization:
         raise ModelError("this checkpoint is quantized already; prune first, then quantize")
     refuse_adapters(checkpoint, "prune")
-    groups = find_groups(checkpoint.backbone)
+
+
+def study(
+    checkpoint: Checkpoint,
+    batches: Batches,
+    config: PruneConfig,
+    progress: Progress = lambda: None,
+    *,
+    units: bool | None = None,
+    layers: bool | None = None,
+) -> Study:
+    """Return what calibration says of all that `config` has to choose among.
+
+    `units` and `layers` say whether those are to be chosen where it is not the shares that tell.
+    Raises `ModelError` for heads that are to go and cannot.
+    """
     locked = list(locked_attentions(checkpoint.backbone))
     if config.heads and locked:
         raise ModelError(
             f"{locked[0]} shares a bias per head with other layers, so its heads cannot be removed "
             "one layer at a time; pass --heads 0"
         )
-    plan = PrunePlan({})
-    if config.heads or config.ffn:
-        scores = gradient_importance(checkpoint, groups, batches, config.seed, progress)
-        heads = plan_removal(groups, scores, "heads", config.heads)
-        neurons = plan_removal(groups, scores, "neurons", config.ffn, config.round_to)
-        plan = PrunePlan({**heads.keep, **neurons.keep})
+    groups = find_groups(checkpoint.backbone)
+    wants_units = bool(config.heads or config.ffn) if units is None else units
+    found = {}
+    if wants_units:
+        found = unit_importance(
+            checkpoint, groups, batches, config.criterion, config.seed, progress
+        )
+    stacks = droppable_stacks(checkpoint.backbone)
+    by_layer, channels = {}, None
+    if bool(config.layers) if layers is None else layers:
+        by_layer = layer_importance(checkpoint, stacks, batches, progress)
+    if config.hidden is not None:
+        channels = hidden_importance(checkpoint, stacks, batches, config.seed, progress)
+    return Study(groups, found, by_layer, channels)
+
+
+def plan_by_shares(checkpoint: Checkpoint, found: Study, config: PruneConfig) -> PrunePlan:
+    """Return the plan that removes the config's shares, losing the least of each."""
+    layers = _kept_layers(checkpoint, found, config)
+    staying = [group for group in found.groups if _stays(group, layers)]
+    heads = plan_removal(staying, found.units, "heads", config.heads, config.limits)
+    neurons = plan_removal(staying, found.units, "neurons", config.ffn, config.limits)
+    return PrunePlan({**heads.keep, **neurons.keep}, layers, kept_channels(found, config))
+
+
+def kept_channels(found: Study, config: PruneConfig) -> tuple[int, ...] | None:
+    """Return the channels of the residual stream that stay, None where all do."""
+    if config.hidden is None or found.hidden is None or config.hidden == len(found.hidden):
+        return None
+    if config.hidden > len(found.hidden):
+        raise ConfigError(
+            f"--hidden {config.hidden} is more than the model's {len(found.hidden)} channels"
+        )
+    return best_units(found.hidden, config.hidden)
+
+
+def carry_out(
+    checkpoint: Checkpoint,
+    plan: PrunePlan,
+    config: PruneConfig,
+    batches: Batches | None,
+    progress: Progress = lambda: None,
+    **details: Any,
+) -> StageResult:
+    """Return the checkpoint cut down to `plan`, what stays fitted to `batches` if that is wanted.
+
+    `details` go into the lineage.
+    """
+    groups = find_groups(checkpoint.backbone)
     pruned = apply_plan(checkpoint, plan)
+    fitted: dict[str, dict[str, float]] = {}
+    if config.reconstruct and batches is not None and plan.keep:
+        seen = moments(checkpoint, groups, batches, progress)
+        fits = reconstruct_(pruned, checkpoint, plan, seen)
+        fitted = {key: {"before": fit.before, "after": fit.after} for key, fit in fits.items()}
     report = {
         "parameters_before": parameter_count(checkpoint.backbone),
         "parameters_after": parameter_count(pruned.backbone),
         "layers": {
-            group.key: {"units": group.units, "kept": len(plan.keep.get(group.key, range(group.units)))}
-            for group in groups
+            group.key: {"units": group.units, "kept": _kept(group, plan)} for group in groups
         },
         "plan": plan.to_json(),
-    }  # fmt: skip
+        **({"reconstruction": fitted} if fitted else {}),
+    }
     return StageResult(
         pruned.with_stage(
             "prune",
             settings=config.to_json(),
             parent=weights_sha256(checkpoint.backbone),
-            data=batches.fingerprint,
-            units={group.key: group.units for group in groups},
+            data=None if batches is None else batches.fingerprint,
+            **plan_record(checkpoint, plan),
+            plan=plan.to_json(),
+            **details,
             metrics={k: report[k] for k in ("parameters_before", "parameters_after")},
         ),
         report,
     )
 
 
-def apply_plan(checkpoint: Checkpoint, plan: PrunePlan) -> Checkpoint:
-    """Return a copy of `checkpoint` that keeps only the units in `plan`."""
-    groups = find_groups(checkpoint.backbone)
-    check_plan(plan, groups)
-    pruned = replace(checkpoint, module=copy.deepcopy(checkpoint.module))
-    structure = dict(checkpoint.structure)
-    for group in groups:
-        if group.key in plan.keep and len(plan.keep[group.key]) < group.units:
-            keep_units_(pruned.backbone, group, plan.keep[group.key])
-            structure[group.key] = len(plan.keep[group.key])
-    return replace(pruned, structure=structure)
+def _kept_layers(
+    checkpoint: Checkpoint, found: Study, config: PruneConfig
+) -> dict[str, tuple[int, ...]]:
+    stacks = droppable_stacks(checkpoint.backbone)
+    if (config.layers or config.keep_layers) and not stacks:
+        raise ModelError(
+            f"{type(checkpoint.backbone).__name__} has no list of layers as long as its config says, "
+            "so none can be dropped; it may share one layer's weights among all"
+        )
+    if config.keep_layers:
+        return dict.fromkeys(stacks, config.keep_layers)
+    kept = {}
+    for stack, scores in found.layers.items() if config.layers else ():
+        count = round(len(scores) * config.layers)
+        if count == 0:
+            raise ConfigError(
+                f"removing {config.layers:.0%} of {len(scores)} layers is less than one; raise --layers"
+            )
+        gone = {index for _, index in removable_layers({stack: scores})[:count]}
+        kept[stack] = tuple(i for i in range(len(scores)) if i not in gone)
+    return kept
 
 
-def mask_units_(model: nn.Module, plan: PrunePlan) -> None:
-    """Silence the units that `plan` removes, without changing a shape: pruning's reference."""
-    for group in find_groups(model):
-        keep = set(plan.keep.get(group.key, range(group.units)))
-        down = model.get_submodule(group.down)
-        width = next(part.width for part in group.parts if part.module == group.down)
-        for unit in set(range(group.units)) - keep:
-            rows: slice = slice(unit * width, (unit + 1) * width)
-            weight = down.weight.data
-            columns = weight[:, rows] if isinstance(down, nn.Linear) else weight[rows]  # type: ignore[index]
-            columns.zero_()
+def _stays(group: Group, layers: Mapping[str, tuple[int, ...]]) -> bool:
+    place = layer_of(group, layers)
+    return place is None or place[1] in layers[place[0]]
+
+
+def _kept(group: Group, plan: PrunePlan) -> int:
+    """Return how many of the group's units stay, none where its layer goes."""
+    return len(plan.keep.get(group.key, range(group.units))) if _stays(group, plan.layers) else 0

@@ -14,23 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from calib_data.errors import ModelError
+from compress.axes import BIAS_PER_HEAD, Cut, along_units, stack_of
 from compress.blocks import Group, Part, all_groups
 from compress.checkpoint import Checkpoint
 from compress.importance import Read, group_readers, importance_of
-from compress.surgery import feature_indices
+from compress.surgery import HIDDEN, feature_indices
 
 CALIBRATION_BATCHES = 32  # to choose by; more hardly change which units are chosen
-_HIDDEN = "hidden"  # the key of the residual stream's channels, beside the groups' own
-_PER_HEAD = ("relative_attention_bias.weight",)  # (buckets, heads), one for all layers of a stack
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """One axis of one tensor that keeps some units of a group, or some channels."""
-
-    key: str  # of the units that are chosen
-    axis: int
-    part: Part  # where the units lie along the axis
 
 
 @dataclass(frozen=True)
@@ -38,7 +28,7 @@ class _Source:
     """Where a tensor of the student comes from."""
 
     name: str  # in the teacher
-    cuts: tuple[_Cut, ...]
+    cuts: tuple[Cut, ...]
 
 
 def fill_(
@@ -59,14 +49,15 @@ def fill_(
     """
     groups = {g.key: g for g in all_groups(teacher.backbone)}
     sizes = _sizes(groups, all_groups(student), kept)
-    sources = _sources(student, teacher.backbone, groups, sizes, kept)
+    hidden = teacher.hidden_size, student.config.hidden_size
+    sources = _sources(student, teacher.backbone, groups, sizes, hidden, kept)
     used = {cut.key for source in sources.values() for cut in source.cuts}
     chosen: dict[str, tuple[int, ...]] = {}
     if used:
         readers = group_readers(teacher, (groups[key] for key in used if key in groups))
-        if _HIDDEN in used:
-            readers[_HIDDEN] = _channel_reader(teacher.backbone, sources.values())
-            sizes[_HIDDEN] = student.config.hidden_size
+        if HIDDEN in used:
+            readers[HIDDEN] = _channel_reader(teacher.backbone, hidden[0], sources.values())
+            sizes[HIDDEN] = hidden[1]
         calibration = itertools.islice(batches, CALIBRATION_BATCHES)
         scores = importance_of(teacher, readers, calibration, seed, progress)
         _share_scores_(scores, teacher.backbone, groups)
@@ -113,12 +104,12 @@ def _sources(
     teacher: Any,
     groups: Mapping[str, Group],
     sizes: Mapping[str, int],
+    hidden: tuple[int | None, int],
     kept: Mapping[str, Sequence[int]],
 ) -> dict[str, _Source]:
     """Return, for each tensor of the student, where it comes from."""
     theirs = teacher.state_dict()
-    along = _along(teacher, groups, sizes)
-    hidden = teacher.config.hidden_size, student.config.hidden_size
+    along = along_units(teacher, (groups[key] for key in sizes))
     found = {}
     for name, value in student.state_dict().items():
         original = original_name(name, kept)
@@ -133,7 +124,7 @@ def _sources(
                 continue
             cut = along.get((original, axis))
             if cut is None and (before, after) == hidden:
-                cut = _Cut(_HIDDEN, axis, Part("", False, 1))
+                cut = Cut(HIDDEN, axis, Part("", False, 1))
             if cut is None:
                 raise ModelError(
                     f"{original} has shape {shape} and becomes {tuple(value.shape)}, along an axis "
@@ -145,42 +136,16 @@ def _sources(
     return found
 
 
-def _along(
-    model: nn.Module, groups: Mapping[str, Group], sizes: Mapping[str, int]
-) -> dict[tuple[str, int], _Cut]:
-    """Return what lies along the axes of the tensors that hold heads or neurons."""
-    found = {}
-    for key in sizes:
-        for part in groups[key].parts:
-            # nn.Linear holds (outputs, inputs), Conv1D (inputs, outputs)
-            axis = (
-                0 if part.outputs == isinstance(model.get_submodule(part.module), nn.Linear) else 1
-            )
-            found[f"{part.module}.weight", axis] = _Cut(key, axis, part)
-            if part.outputs:
-                found[f"{part.module}.bias", 0] = _Cut(key, 0, part)
-    for name, value in model.state_dict().items():
-        if name.endswith(_PER_HEAD):
-            beside = (k for k in sizes if groups[k].kind == "heads" and _stack(k) == _stack(name))
-            axis = value.dim() - 1
-            found[name, axis] = _Cut(next(beside), axis, Part(name, False, 1))
-    return found
-
-
-def _stack(name: str) -> str:
-    return name.partition(".")[0]
-
-
-def _channel_reader(model: Any, sources: Iterable[_Source]) -> Read:
+def _channel_reader(model: Any, width: int | None, sources: Iterable[_Source]) -> Read:
     """Return what reads ∂L/∂mask of the residual stream's channels: Σ w·∂L/∂w over their weights."""
     parameters: Mapping[str, Tensor] = dict(model.named_parameters())  # tied ones once
     axes = sorted(
-        {(s.name, c.axis) for s in sources for c in s.cuts if c.key == _HIDDEN}
+        {(s.name, c.axis) for s in sources for c in s.cuts if c.key == HIDDEN}
         & {(name, axis) for name, value in parameters.items() for axis in range(value.dim())}
     )
 
     def read() -> Tensor:
-        total = torch.zeros(model.config.hidden_size, dtype=torch.float64)
+        total = torch.zeros(width or 0, dtype=torch.float64)
         for name, axis in axes:
             value = parameters[name]
             if value.grad is not None:
@@ -195,10 +160,10 @@ def _share_scores_(
     scores: dict[str, Tensor], model: nn.Module, groups: Mapping[str, Group]
 ) -> None:
     """Give attentions that share something per head one score for all: the sum of their squares."""
-    biased = {_stack(name) for name in model.state_dict() if name.endswith(_PER_HEAD)}
+    biased = {stack_of(name) for name in model.state_dict() if name.endswith(BIAS_PER_HEAD)}
     for stack in biased:
         members = [
-            k for k in scores if k in groups and groups[k].kind == "heads" and _stack(k) == stack
+            k for k in scores if k in groups and groups[k].kind == "heads" and stack_of(k) == stack
         ]
         total = sum(scores[k].square() for k in members)
         for key in members:
@@ -213,7 +178,7 @@ def _best(scores: Tensor, count: int) -> tuple[int, ...]:
 
 def _cut_out(
     value: Tensor,
-    cuts: Sequence[_Cut],
+    cuts: Sequence[Cut],
     groups: Mapping[str, Group],
     chosen: Mapping[str, Sequence[int]],
 ) -> Tensor:

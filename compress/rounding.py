@@ -12,6 +12,8 @@ inputs are reached, as in the paper. So the inputs that weigh most come first ev
 a scale, which leaves a smaller error (docs/results/quantization.md).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ from compress.quantize_config import QuantizeConfig
 # from taking huge weights; the larger ones are for an H that is not positive even so
 _DAMPING = (0.01, 0.1, 1.0, 10.0)
 _ROUNDING = 1e-6  # of what a moment adds up to along its diagonal
-_STRIDE = 128  # inputs whose errors are gathered before they reach the inputs after them
+STRIDE = 128  # inputs whose errors are gathered before they reach the inputs after them
 
 
 def learned_moment(
@@ -59,21 +61,49 @@ def gptq(
     """
     bounds = (scale, low, high)
     rows = [torch.as_tensor(x, device=weight.device).expand(weight.shape) for x in bounds]
+    numbers = torch.empty_like(weight, dtype=torch.float32)
+
+    def rounded(place: int, wanted: Tensor) -> Tensor:
+        step, least, most = (x[place] for x in rows)
+        numbers[place] = (wanted / step).round_().clamp_(least, most)
+        return numbers[place] * step
+
     order = moment.diagonal().argsort(descending=True)  # the others still make up for the heaviest
+    settle(weight, moment, order, lambda places, wanted, sizes: rounded)
+    return numbers
+
+
+# what stands for an input's weights: (its place, those wanted (out,)) → (out,)
+Settled = Callable[[int, Tensor], Tensor]
+# asked before each run of inputs: (places (n,), weights wanted (n, out), what an error costs (n,))
+Begin = Callable[[Tensor, Tensor, Tensor], Settled]
+
+
+def settle(
+    weight: Tensor, moment: Tensor, order: Tensor, begin: Begin, stride: int = STRIDE
+) -> Tensor:
+    """Return what stands for `weight` (in, out), input by input in `order`, float32.
+
+    What one input's weights are off by is made up for by those of the inputs after it, as `moment`
+    (in, in) allows: they are then not the weights given but others that are `wanted`. `begin` is asked
+    before each `stride` inputs, and gives the function that says what is to stand for an input's
+    weights. There an error e costs (e × size)², were all inputs after it free to make up for it.
+    """
     factor = _factor(moment[order][:, order])
-    upper = factor / factor.diagonal()  # column i: what the errors before it move input i by
+    sizes = factor.diagonal()
+    upper = factor / sizes  # column i: what the errors before it move input i by
     exact = weight.detach().float()[order]
-    wanted, numbers = exact.clone(), torch.empty_like(exact)
-    for start in range(0, len(order), _STRIDE):
-        end = min(start + _STRIDE, len(order))
+    wanted, found = exact.clone(), torch.empty_like(exact)
+    for start in range(0, len(order), stride):
+        end = min(start + stride, len(order))
         errors = torch.empty_like(exact[start:end])
+        settled = begin(order[start:end], wanted[start:end], sizes[start:end])
         for i, place in enumerate(order[start:end].tolist(), start):
-            step, least, most = (x[place] for x in rows)
-            numbers[place] = (wanted[i] / step).round_().clamp_(least, most)
-            errors[i - start] = exact[i] - numbers[place] * step
+            found[i] = settled(place, wanted[i])
+            errors[i - start] = exact[i] - found[i]
             wanted[i + 1 : end] += torch.outer(upper[i, i + 1 : end], errors[i - start])
         wanted[end:] += upper[start:end, end:].T @ errors
-    return numbers
+    return torch.empty_like(found).index_copy_(0, order, found)
 
 
 def _factor(moment: Tensor) -> Tensor:

@@ -132,8 +132,12 @@ def narrowed(
     return SentenceEncoder(backbone, encoder.modes, projections, encoder.normalize)
 
 
-def current_files(encoder: SentenceEncoder, files: Mapping[str, bytes]) -> dict[str, bytes]:
+def current_files(
+    encoder: SentenceEncoder, files: Mapping[str, bytes], width: int | None
+) -> dict[str, bytes]:
     """Return `files` with the widths of `encoder` and the weights of its projections as they are.
+
+    `width` is that of the transformer's hidden states.
 
     What is still true stays as it is, byte for byte.
     """
@@ -145,7 +149,6 @@ def current_files(encoder: SentenceEncoder, files: Mapping[str, bytes]) -> dict[
         path, kind = module["path"], module["type"].rpartition(".")[2]
         settings: dict[str, Any] = {}
         if kind == "Pooling":
-            width = encoder.config.hidden_size
             settings = {"word_embedding_dimension": width, "embedding_dimension": width}
         elif kind == "Dense":
             dense = next(linears)

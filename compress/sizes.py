@@ -10,9 +10,9 @@ import torch
 from calib_data.errors import ConfigError, ModelError
 from compress.blocks import all_groups
 from compress.config import StageConfig, require
+from compress.stacks import LAYERS
 
 # what configs call each size; one that does not hold the teacher's value means something else
-LAYERS = ("num_hidden_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
 _HIDDEN = ("hidden_size", "embedding_size", "word_embed_proj_dim", "pooler_output_size")
 _HEADS = ("num_attention_heads", "encoder_attention_heads", "decoder_attention_heads")
 _GROUPED = ("num_key_value_heads",)
@@ -88,7 +88,7 @@ def student_config(model: Any, kept: Mapping[str, Sequence[int]], shape: Student
     cannot have, naming some that it can.
     """
     config = copy.deepcopy(model.config)
-    _keep_layers_(config, kept)
+    keep_layers_(config, kept)
     if not shape.narrows:
         return config
     old = _widths(model, config)
@@ -130,14 +130,33 @@ def student_config(model: Any, kept: Mapping[str, Sequence[int]], shape: Student
     return found
 
 
-def _keep_layers_(config: Any, kept: Mapping[str, Sequence[int]]) -> None:
-    for layers in kept.values():
+def wider_config(model: Any) -> Any:
+    """Return a copy of the config of `model` with twice the hidden size, heads of the same width.
+
+    Raises `ModelError` where the family ties its sizes together in another way.
+    """
+    old = _widths(model, model.config)
+    shape = StudentShape(hidden=2 * old.hidden)
+    for heads in (old.heads, 2 * old.heads):
+        found = _fitting(model, model.config, old, shape, heads)
+        if found is not None:
+            return found
+    raise ModelError(
+        f"the config of {model.config.model_type} does not set the hidden size of its blocks alone; "
+        "leave hidden whole"
+    )
+
+
+def keep_layers_(config: Any, kept: Mapping[str, Sequence[int]]) -> None:
+    """Let `config` describe a model of the layers in `kept` alone, by stack."""
+    for stack, layers in kept.items():
         for name in _PER_LAYER:
             listed = getattr(config, name, None)
             if isinstance(listed, list) and len(listed) > max(layers):
                 setattr(config, name, [listed[i] for i in layers])
         for name in LAYERS:
-            if isinstance(getattr(config, name, None), int):
+            same = not config.is_encoder_decoder or ("decoder" in name) == ("decoder" in stack)
+            if same and isinstance(getattr(config, name, None), int):
                 setattr(config, name, len(layers))
 
 

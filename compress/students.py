@@ -1,4 +1,4 @@
-"""Layer stacks: finding them; and making students that are smaller teachers."""
+"""Students that are smaller teachers: of some of their layers, and narrower."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -9,40 +9,12 @@ from torch import Tensor, nn
 from calib_data.errors import ConfigError, ModelError
 from compress.adapters import refuse_adapters
 from compress.checkpoint import Checkpoint
+from compress.depth import rebuilt, renumbered
 from compress.resize import fill_
 from compress.sentence import SentenceEncoder, narrowed
-from compress.sizes import LAYERS, StudentShape, build, student_config
-from compress.surgery import resize_
-
-
-def layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Return the name and the list of the model's transformer layers.
-
-    That is its only list of as many modules as the config says it has layers. Raises `ModelError`
-    where there is none, or one in an encoder and one in a decoder.
-    """
-    found = layer_stacks(model)
-    if len(found) != 1:
-        raise ModelError(
-            f"{type(model).__name__} has {len(found)} stacks of layers, and here there must be "
-            "exactly one"
-        )
-    return next(iter(found.items()))
-
-
-def layer_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """Return the model's stacks of transformer layers by name: two where it encodes and decodes."""
-    config = getattr(model, "config", None)
-    counts = {getattr(config, name, None) for name in LAYERS}
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) in counts
-        and len({type(layer) for layer in module}) == 1
-        and any(parameter.dim() == 2 for parameter in module[0].parameters())
-    }
-    return {n: m for n, m in found.items() if not any(n.startswith(f"{o}.") for o in found)}
+from compress.sizes import StudentShape, student_config
+from compress.stacks import layer_stacks
+from compress.surgery import HIDDEN, resize_
 
 
 def evenly_spaced(layers: int, keep: int) -> list[int]:
@@ -79,17 +51,14 @@ def make_student(
             "make the student by hand and pass --student"
         )
     kept = _kept_layers(model, shape)
-    backbone = build(model, student_config(model, kept, shape))
-    if getattr(model, "pooler", True) is None:
-        backbone.pooler = None
-    if hasattr(model, "generation_config"):
-        backbone.generation_config = model.generation_config
-    structure = {} if shape.narrows else _structure(teacher, kept)
+    _check_hidden(teacher, shape)
+    backbone = rebuilt(model, student_config(model, kept, shape))
+    structure = {} if shape.narrows else renumbered(teacher.structure, kept)
     resize_(backbone, structure)
     chosen = fill_(backbone, teacher, kept, batches, seed, progress)
     student = replace(teacher, module=backbone.eval(), structure=structure)
     if isinstance(teacher.module, SentenceEncoder):
-        channels = chosen.get("hidden", range(model.config.hidden_size))
+        channels = chosen.get(HIDDEN, range(teacher.hidden_size or 0))
         student = replace(student, module=narrowed(teacher.module, backbone, channels).eval())
     return student
 
@@ -115,19 +84,11 @@ def _kept_layers(model: nn.Module, shape: StudentShape) -> dict[str, Sequence[in
     return kept
 
 
-def _structure(teacher: Checkpoint, kept: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """Return the teacher's pruned widths under the student's names."""
-    places = {
-        f"{stack}.{layer}.": f"{stack}.{place}."
-        for stack, layers in kept.items()
-        for place, layer in enumerate(layers)
-    }
-    structure = {}
-    for key, count in teacher.structure.items():
-        stack = next((s for s in kept if key.startswith(f"{s}.")), None)
-        layer = next((old for old in places if key.startswith(old)), None)
-        if layer is not None:
-            structure[places[layer] + key.removeprefix(layer)] = count
-        elif stack is None:
-            structure[key] = count
-    return structure
+def _check_hidden(teacher: Checkpoint, shape: StudentShape) -> None:
+    """Raise `ModelError` where a narrower student would be wider than a pruned teacher."""
+    width, whole = teacher.hidden_size, getattr(teacher.config, "hidden_size", None)
+    if shape.narrows and width and (shape.hidden or whole or 0) > width:
+        raise ModelError(
+            f"the teacher is pruned: its hidden size is {width} of {whole}; pass --hidden with at most "
+            f"{width}, or start from an unpruned teacher"
+        )

@@ -24,7 +24,7 @@ from compress.train_log import LOG
 _SETTINGS, _TENSORS, _PLAIN = "settings.json", "tensors.safetensors", "state.json"
 _PARTIAL = "state.partial"
 # What others keep here is named by what it is made of, so that another run may use it.
-REUSED = ("generations", "teacher")
+REUSED = ("generations", "teacher", "pruning")
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,15 @@
 """What `compress inspect` tells of a checkpoint."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from calib_data.errors import ModelError
-from compress.blocks import find_groups
+from calib_data.errors import DestinationError, ModelError
 from compress.checkpoint import Checkpoint, parameter_count, weights_of
+from compress.files import destination_errors
+from compress.kept import kept_layers, kept_units
 from compress.quantize import float_layers
+from compress.sparsity import zero_share
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -23,10 +27,30 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "max_length": checkpoint.max_length,
         "int8_modules": len((checkpoint.quantization or {}).get("modules", ())),
         "quantization": _quantization(checkpoint),
+        "zeros": zero_share(checkpoint) if checkpoint.sparse else 0.0,
         "adapter": (checkpoint.adapters or {}).get("method"),
+        "hidden": _hidden(checkpoint),
+        "stacks": kept_layers(checkpoint),
         "layers": _layers(checkpoint),
         "lineage": [dict(stage) for stage in checkpoint.lineage],
     }
+
+
+def draw(found: Mapping[str, Any], path: Path, overwrite: bool = False) -> None:
+    """Write a picture of what each layer keeps, as `describe` found it.
+
+    Raises `DestinationError` where the file exists (without `overwrite`) or cannot be written.
+    """
+    from benchmarks.kept_plot import save_kept_plot
+
+    title = f"{found['class']}, {found['parameters']:,} parameters"
+    if found["hidden"]:
+        title += f", hidden size {found['hidden']['kept']} of {found['hidden']['units']}"
+    if path.exists() and not overwrite:
+        raise DestinationError(f"{path} exists; pass --overwrite to replace it")
+    with destination_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_kept_plot(found["layers"], title, path)
 
 
 def _quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
@@ -54,16 +78,16 @@ def _quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
 def _layers(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
     """Return units kept and units before pruning by group; empty where no block is found."""
     try:
-        groups = find_groups(checkpoint.backbone)
+        return kept_units(checkpoint)
     except ModelError:
         return {}
-    # the groups of one kind start alike, so the largest count any layer keeps bounds the original;
-    # what pruning recorded is exact
-    before: dict[str, int] = {}
-    for stage in checkpoint.lineage:
-        for name, units in (stage.get("units") or {}).items():
-            before.setdefault(name, units)
+
+
+def _hidden(checkpoint: Checkpoint) -> dict[str, int | None] | None:
+    """Return the channels kept and those before of the residual stream, where no config tells: None."""
+    if checkpoint.hidden_size is None:
+        return None
     return {
-        group.key: {"kept": group.units, "units": before.get(group.key, group.units)}
-        for group in groups
+        "kept": checkpoint.hidden_size,
+        "units": getattr(checkpoint.config, "hidden_size", None),
     }

@@ -18,8 +18,19 @@ from calib_data.errors import ConfigError, DestinationError
 from compress.files import destination_errors, sha256_directory, sha256_file, write_json
 from compress.train_log import LOG
 from onnxpress import stages
+from onnxpress.prune_choice import (
+    CALIBRATE,
+    HealChoice,
+    PruneChoice,
+    VocabularyChoice,
+    config_of,
+    rounds_of,
+    sparsity_of,
+)
+from onnxpress.pruning import prune_model, require_target
 from onnxpress.quantization import LIMIT, Budget, QuantizeChoice, require_budget
 from onnxpress.stages import DataChoice, ModelChoice, ReportChoice, Run, StartChoice
+from onnxpress.target import target_of
 from onnxpress.training import TrainingChoice
 
 SOURCE = "model"  # what steps call the recipe's own model
@@ -188,7 +199,11 @@ def _key(step: Step, stage: _Stage, seed: int, inputs: list[str]) -> str:
         "settings": step.settings,
         "seed": seed,
         "inputs": inputs,
-        "data": [_hash_data(str(step.settings[k])) for k in ("data", "eval") if k in step.settings],
+        "data": [
+            _hash_data(str(step.settings[k]))
+            for k in ("data", "eval", "plan", "vocab_from", "keep_tokens")
+            if k in step.settings
+        ],
         "code": _code_version(stage.layers),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
@@ -256,6 +271,12 @@ def _training(settings: Mapping[str, Any]) -> TrainingChoice:
     return TrainingChoice(**{k: v for k, v in settings.items() if k in _TRAINING})
 
 
+def _pick(settings: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
+    """Return the settings called so, tuples for lists."""
+    found = {name: settings[name] for name in names if name in settings}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+
+
 def _names(kind: type) -> set[str]:
     return {field.name for field in fields(kind)} - {"seed"}
 
@@ -314,12 +335,59 @@ def _finetune(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) 
     )
 
 
-def _prune(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) -> dict[str, Any]:
-    from compress.prune import PruneConfig
+# settings of a pruning step that are not of a config: what is aimed at, and how it is healed
+_TARGET = {"speedup", "latency", "size", "provider", "shape", "threads", "tables", "whole_layers"}
+_HEAL = {"heal", "schedule", "rounds", "pack"}
+_BESIDES = {"sparsity", "sparsity_method", "vocab_from", "vocab_columns", "keep_tokens"}
 
-    _check_settings(settings, {"data"}, _names(DataChoice), _names(PruneConfig))
-    config = PruneConfig.from_json({**_take(settings, PruneConfig), "seed": run.seed})
-    return stages.prune_model(ModelChoice(settings["from"]), _data(settings), config, out, run)
+
+def _prune(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) -> dict[str, Any]:
+    from compress.distill_config import DistillConfig
+    from compress.prune_config import PruneConfig
+    from compress.train_config import TrainConfig
+
+    matching, train = _names(DistillConfig) - {"train"}, _names(TrainConfig) - {"steps", "schedule"}
+    own = {"data", "plan", "calibrate"} | _BESIDES | _TARGET | _HEAL | _TRAINING | matching | train
+    _check_settings(settings, own, _names(DataChoice), _names(PruneConfig))
+    heal = None
+    if "heal" in settings:
+        heal = HealChoice(
+            settings["heal"],
+            _pick(settings, matching),
+            {**_pick(settings, train), "seed": run.seed},
+            settings.get("pack", False),
+        )
+    choice = PruneChoice(
+        target_of(settings),
+        Path(settings["plan"]) if "plan" in settings else None,
+        heal,
+        rounds_of(settings.get("schedule", "one-shot"), settings.get("rounds")),
+        settings.get("calibrate", CALIBRATE),
+        sparsity_of(_text(settings.get("sparsity")), settings.get("sparsity_method")),
+        _vocabulary(settings),
+    )
+    config = config_of(_pick(settings, _names(PruneConfig)), choice, run.seed)
+    data = _data(settings) if "data" in settings else None
+    result = prune_model(
+        ModelChoice(settings["from"]), data, config, out, run, choice, _training(settings)
+    )
+    require_target(result)
+    return result
+
+
+def _text(value: Any) -> str | None:
+    if value == 124:  # what YAML makes of 2:4 without quotes: minutes and seconds
+        return "2:4"
+    return None if value is None else str(value)
+
+
+def _vocabulary(settings: Mapping[str, Any]) -> VocabularyChoice | None:
+    if "vocab_from" not in settings:
+        return None
+    keep = settings.get("keep_tokens")
+    return VocabularyChoice(
+        settings["vocab_from"], settings.get("vocab_columns"), None if keep is None else Path(keep)
+    )
 
 
 def _quantize(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) -> dict[str, Any]:
@@ -374,7 +442,7 @@ def _report(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) ->
 _STAGES = {
     "distill": _Stage(_distill, ("from", "teacher"), 2),
     "finetune": _Stage(_finetune, ("from",), 2),
-    "prune": _Stage(_prune, ("from",), 2),
+    "prune": _Stage(_prune, ("from",), 4),
     "quantize": _Stage(_quantize, ("from",), 2),
     "export": _Stage(_export, ("from",), 3),
     "report": _Stage(_report, ("bundles", "baseline"), 4),

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from compress.checkpoint import Checkpoint
     from compress.distill import DistillConfig
     from compress.finetune import FinetuneConfig
-    from compress.prune import PruneConfig
     from compress.quantize_config import QuantizeConfig
     from compress.sizes import StudentShape
     from export.graph import ExportConfig
@@ -266,24 +265,6 @@ def _generated(
 
         agreed(lambda: len(generate()))  # one process writes them, and all open them
         return generate()
-
-
-def prune_model(
-    model: ModelChoice, data: DataChoice, config: "PruneConfig", out: Path, run: Run
-) -> dict[str, Any]:
-    """Prune a model and write it."""
-    from compress.checkpoint import save_checkpoint
-    from compress.files import staged_directory
-    from compress.prune import prune
-
-    with staged_directory(out, run.overwrite) as staging:
-        checkpoint = model.open()
-        batches = data.batches(checkpoint, run.seed, shuffle=False)
-        with run.progress("importance", len(batches)) as advance:
-            result = prune(checkpoint, batches, config, advance)
-        save_checkpoint(result.checkpoint, staging)
-    report = {k: v for k, v in result.report.items() if k != "plan"}
-    return {"stage": "prune", "path": str(out), **report}
 
 
 def quantize_model(

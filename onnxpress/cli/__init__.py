@@ -21,8 +21,9 @@ def onnxpress_group() -> None:
 
     \b
     Exit codes: 0 done; 1 unexpected; 2 wrong setting; 3 the graph disagrees with its source;
-    4 unusable model or data; 5 provider not obtained; 6 a quantized model drops further than it may;
-    8 destination exists or cannot be written; 9 the model cannot be exported; 10 training failed.
+    4 unusable model or data; 5 provider not obtained; 6 a quantized model drops further than it may,
+    or a pruned one misses its speed; 8 destination exists or cannot be written; 9 the
+    model cannot be exported; 10 training failed.
     """
 
 

@@ -1,15 +1,21 @@
 """`benchmark report`."""
 
-import re
 import shlex
 import sys
 from pathlib import Path
 
 import click
 
-from calib_data.errors import ConfigError
-from onnxpress.cli.options import Group, Output, columns_option, common, out_option, provider_option
+from onnxpress.cli.options import (
+    Group,
+    Output,
+    columns_option,
+    common,
+    out_option,
+    provider_option,
+)
 from onnxpress.stages import ReportChoice, Run, report_bundles
+from onnxpress.target import parse_shapes
 
 
 @click.group(cls=Group)
@@ -85,17 +91,6 @@ def show_report(directory: Path, output: Output) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(render_table(read_report(directory / "report.json")))
     click.echo(f"{directory / 'report.html'}")
-
-
-def parse_shapes(text: str) -> tuple[tuple[int, int], ...]:
-    """Return the (batch, length) pairs of a text like 1x32,8x128."""
-    shapes = []
-    for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d+)\s*[x×]\s*(\d+)\s*", part)
-        if not found:
-            raise ConfigError(f"--shapes wants batch x length, as in 1x32,8x128, got {part!r}")
-        shapes.append((int(found[1]), int(found[2])))
-    return tuple(shapes)
 
 
 def _named(text: str) -> tuple[str, str]:

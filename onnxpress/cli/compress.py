@@ -12,12 +12,14 @@ from onnxpress.cli.options import (
     Output,
     common,
     data_options,
+    layer_lines,
     model_argument,
     out_option,
     student_options,
     task_option,
     trust_option,
 )
+from onnxpress.cli.pruning import prune_command
 from onnxpress.cli.quantization import quantize_command
 from onnxpress.cli.training import training_options
 from onnxpress.stages import (
@@ -25,7 +27,6 @@ from onnxpress.stages import (
     ModelChoice,
     Run,
     distill_model,
-    prune_model,
 )
 from onnxpress.training import TrainingChoice
 
@@ -40,6 +41,7 @@ def compress_group() -> None:
 
 compress_group.add_command(finetune_command)
 compress_group.add_command(merge_command)
+compress_group.add_command(prune_command)
 compress_group.add_command(quantize_command)
 
 
@@ -105,50 +107,22 @@ def distill_command(
     )
 
 
-@compress_group.command("prune")
-@model_argument
-@data_options
-@click.option("--heads", type=float, default=0.25, show_default=True, help="Share to remove.")
-@click.option("--ffn", type=float, default=0.25, show_default=True, help="Share to remove.")
-@click.option(
-    "--round-to", type=int, default=16, show_default=True, help="Neurons are removed in such steps."
-)
-@out_option
-@common
-def prune_command(
-    model: ModelChoice,
-    data: DataChoice,
-    heads: float,
-    ffn: float,
-    round_to: int,
-    out: Path,
-    run: Run,
-    output: Output,
-) -> None:
-    """Remove the least important attention heads and feed-forward neurons."""
-    from compress.prune import PruneConfig
-
-    config = PruneConfig(heads=heads, ffn=ffn, round_to=round_to, seed=run.seed)
-    result = prune_model(model, data, config, out, run)
-    output.show(
-        result,
-        lambda r: "\n".join(
-            [
-                *_layer_lines(r["layers"]),
-                f"{r['path']}: {r['parameters_before']:,} → {r['parameters_after']:,} parameters",
-            ]
-        ),
-    )
-
-
 @compress_group.command("inspect")
 @model_argument
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw what each layer keeps: a .png, .svg or .pdf file.",
+)
 @common
-def inspect_command(model: ModelChoice, run: Run, output: Output) -> None:
+def inspect_command(model: ModelChoice, plot: Path | None, run: Run, output: Output) -> None:
     """Show what a model is, what each layer keeps, and how it came about."""
-    from onnxpress.inspection import describe
+    from onnxpress.inspection import describe, draw
 
-    output.show(describe(model.open()), _inspect_text)
+    found = describe(model.open())
+    if plot is not None:
+        draw(found, plot, run.overwrite)
+    output.show(found, _inspect_text)
 
 
 def _inspect_text(found: dict[str, Any]) -> str:
@@ -160,13 +134,31 @@ def _inspect_text(found: dict[str, Any]) -> str:
         f"outputs     {', '.join(found['outputs'])}",
         f"max length  {found['max_length'] or 'no limit'}",
         *_quantization_lines(found["quantization"]),
+        *(
+            [f"sparse      {found['zeros']:.1%} of the blocks' weights are zero"]
+            if found["zeros"]
+            else []
+        ),
         *([f"adapter     {found['adapter']}, not merged"] if found["adapter"] else []),
-        *_layer_lines(found["layers"]),
+        *_kept_lines(found),
     ]
     for stage in found["lineage"]:
         settings = ", ".join(f"{k}={v}" for k, v in (stage.get("settings") or {}).items())
         lines.append(f"stage       {stage['stage']} {settings or stage.get('model', '')}")
     return "\n".join(lines)
+
+
+def _kept_lines(found: dict[str, Any]) -> list[str]:
+    """Return what is kept of the residual stream, the stacks and each layer, as it was first named."""
+    from compress.plan import ranges
+
+    hidden = found["hidden"]
+    lines = [f"hidden      {hidden['kept']} of {hidden['units']}"] if hidden else []
+    lines += [
+        f"layers      {stack} {ranges(row['kept'])}, {len(row['kept'])} of {row['of']}"
+        for stack, row in found["stacks"].items()
+    ]
+    return lines + layer_lines(found["layers"])
 
 
 def _quantization_lines(found: dict[str, Any] | None) -> list[str]:
@@ -188,8 +180,3 @@ def _quantization_lines(found: dict[str, Any] | None) -> list[str]:
         for name in found["float"]
     ]
     return lines
-
-
-def _layer_lines(layers: dict[str, Any]) -> list[str]:
-    width = max((len(name) for name in layers), default=0)
-    return [f"{name:<{width}}  {row['kept']:>5} of {row['units']}" for name, row in layers.items()]

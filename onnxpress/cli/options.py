@@ -123,8 +123,16 @@ DATA_HELP = (
 
 def data_options(command: Command) -> Command:
     """Add --data and how it is read; the command takes `data`."""
+    return _data_options(command, required=True)
 
-    @click.option("--data", required=True, help=DATA_HELP)
+
+def optional_data_options(command: Command) -> Command:
+    """Add the same, of which nothing need be given; the command takes `data`, which may be None."""
+    return _data_options(command, required=False)
+
+
+def _data_options(command: Command, required: bool) -> Command:
+    @click.option("--data", required=required, help=DATA_HELP)
     @columns_option
     @click.option("--limit", type=int, help="Use at most this many examples, chosen by the seed.")
     @click.option("--batch-size", type=int, default=32, show_default=True)
@@ -134,17 +142,31 @@ def data_options(command: Command) -> Command:
     @functools.wraps(command)
     def wrapped(
         *args: Any,
-        data: str,
+        data: str | None,
         columns: str | None,
         limit: int | None,
         batch_size: int,
         max_length: int,
         **kwargs: Any,
     ) -> Any:
-        choice = DataChoice(data, columns, limit, batch_size, max_length)
+        choice = DataChoice(data, columns, limit, batch_size, max_length) if data else None
         return command(*args, data=choice, **kwargs)
 
     return wrapped
+
+
+def layer_numbers(text: str) -> tuple[int, ...]:
+    """Return the layers that --keep-layers names, as in 0,2,5."""
+    try:
+        return tuple(int(layer) for layer in text.split(",") if text)
+    except ValueError as error:
+        raise ConfigError(f"--keep-layers must be as in 0,2,5, got {text}") from error
+
+
+def layer_lines(layers: dict[str, Any]) -> list[str]:
+    """Return a line for each block: how many of its units it kept."""
+    width = max((len(name) for name in layers), default=0)
+    return [f"{name:<{width}}  {row['kept']:>5} of {row['units']}" for name, row in layers.items()]
 
 
 def student_options(command: Command) -> Command:
@@ -169,10 +191,7 @@ def student_options(command: Command) -> Command:
     ) -> Any:
         from compress.sizes import StudentShape
 
-        try:
-            kept = tuple(int(layer) for layer in keep_layers.split(",") if keep_layers)
-        except ValueError as error:
-            raise ConfigError(f"--keep-layers must be as in 0,2,5, got {keep_layers}") from error
+        kept = layer_numbers(keep_layers)
         return command(*args, shape=StudentShape(layers, kept, hidden, heads, ffn), **kwargs)
 
     return wrapped

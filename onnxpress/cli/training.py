@@ -14,22 +14,44 @@ from onnxpress.training import SAVE_EVERY, TrainingChoice
 
 
 def training_options(command: Command) -> Command:
+    """Add how long and how to train; see `loop_options`."""
+
+    @click.option("--steps", type=int, help="Optimizer steps.  [default: 300]")
+    @click.option("--epochs", type=float, help="Or: passes over the data.")
+    @click.option(
+        "--schedule", type=click.Choice(["cosine", "linear"]), default="cosine", show_default=True,
+        help="How the rate falls to zero.",
+    )  # fmt: skip
+    @loop_options
+    @functools.wraps(command)
+    def wrapped(
+        *args: Any,
+        steps: int | None,
+        epochs: float | None,
+        schedule: str,
+        train: dict[str, Any],
+        **kwargs: Any,
+    ) -> Any:
+        if steps is not None and epochs is not None:
+            raise ConfigError("name either --steps or --epochs")
+        given = {"steps": steps, "epochs": epochs, "schedule": schedule}
+        train |= {name: value for name, value in given.items() if value is not None}
+        return command(*args, train=train, **kwargs)
+
+    return wrapped
+
+
+def loop_options(command: Command) -> Command:
     """Add how to train; the command takes `train`, settings of a TrainConfig, and `training`.
 
     Only what was given is in `train`: each stage has defaults of its own. It stands below `common`,
     whose seed it takes.
     """
 
-    @click.option("--steps", type=int, help="Optimizer steps.  [default: 300]")
-    @click.option("--epochs", type=float, help="Or: passes over the data.")
     @click.option("--lr", type=float, help="Learning rate; default: what suits the stage.")
     @click.option(
         "--warmup", type=float, default=0.1, show_default=True,
         help="Share of the steps in which the rate rises.",
-    )  # fmt: skip
-    @click.option(
-        "--schedule", type=click.Choice(["cosine", "linear"]), default="cosine", show_default=True,
-        help="How the rate falls to zero.",
     )  # fmt: skip
     @click.option(
         "--weight-decay", type=float, default=0.01, show_default=True, help="Of matrices."
@@ -72,8 +94,6 @@ def training_options(command: Command) -> Command:
     def wrapped(
         *args: Any,
         run: Run,
-        steps: int | None,
-        epochs: float | None,
         lr: float | None,
         eval: str | None,
         eval_columns: str | None,
@@ -84,12 +104,12 @@ def training_options(command: Command) -> Command:
     ) -> Any:
         from compress.train_config import TrainConfig
 
-        if steps is not None and epochs is not None:
-            raise ConfigError("name either --steps or --epochs")
         if kwargs["patience"] and eval is None:
             raise ConfigError("--patience counts evaluations; add --eval")
-        names = set(TrainConfig.__dataclass_fields__) & set(kwargs)
-        given = {"steps": steps, "epochs": epochs, "learning_rate": lr, "seed": run.seed}
+        # how long is another decorator's to say
+        mine = set(TrainConfig.__dataclass_fields__) - {"steps", "epochs", "schedule"}
+        names = mine & set(kwargs)
+        given = {"learning_rate": lr, "seed": run.seed}
         given |= {name: kwargs.pop(name) for name in names}
         train = {name: value for name, value in given.items() if value is not None}
         training = TrainingChoice(save_every, tensorboard, eval, eval_columns)

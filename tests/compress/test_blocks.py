@@ -51,5 +51,7 @@ def test_conv1d_has_its_axes_the_other_way_round() -> None:
 
 
 def test_unknown_block_is_named() -> None:
-    with pytest.raises(ModelError, match=r"Sequential: no attention.*add a row to compress/blocks"):
+    with pytest.raises(
+        ModelError, match=r"Sequential: no attention.*query, q_lin.*onnxpress_blocks"
+    ):
         find_groups(nn.Sequential(nn.Linear(3, 3)))

@@ -1,81 +1,114 @@
 import json
+from typing import Any
 
 import pytest
-import torch
 
 from calib_data.errors import ConfigError
-from compress.blocks import Group, Part
-from compress.plan import PrunePlan, check_plan, plan_removal
+from compress.plan import PrunePlan, check_plan
+from tests.tiny import tiny_model
+
+HEADS, NEURONS = "encoder.layer.0.attention.self.heads", "encoder.layer.1.neurons"
+QUERIES, PAIRS = "layers.0.self_attn.queries", "layers.0.self_attn.heads"
 
 
-def group(name: str, units: int, kind: str = "neurons") -> Group:
-    return Group(name, kind, units, (Part(f"{name}.down", False, 1),), f"{name}.down")  # type: ignore[arg-type]
-
-
-GROUPS = (group("a", 4), group("b", 4), group("c", 2, "heads"))
-SCORES = {
-    "a.neurons": torch.tensor([4.0, 1.0, 3.0, 2.0]),
-    "b.neurons": torch.tensor([40.0, 10.0, 30.0, 0.5]),
-    "c.heads": torch.tensor([0.1, 0.2]),
+PLANS = {
+    "nothing": (PrunePlan(), {"keep": {}}),
+    "units": (
+        PrunePlan({"a": (0,), "b": (0, 1, 2, 5, 7, 8)}),
+        {"keep": {"a": "0", "b": "0-2,5,7-8"}},
+    ),
+    "all": (
+        PrunePlan({"a": (3, 4)}, {"encoder.layer": (0, 2)}, (1, 2, 3, 9)),
+        {"keep": {"a": "3-4"}, "layers": {"encoder.layer": "0,2"}, "hidden": "1-3,9"},
+    ),
 }
 
 
-def test_units_compete_across_layers() -> None:
-    plan = plan_removal(GROUPS, SCORES, "neurons", 0.5)
-    assert plan.keep == {"a.neurons": (0,), "b.neurons": (0, 1, 2)}
-
-
-def test_every_layer_keeps_one() -> None:
-    plan = plan_removal(GROUPS, SCORES, "neurons", 0.99)
-    assert plan.keep == {"a.neurons": (0,), "b.neurons": (0,)}
-    assert plan_removal(GROUPS, SCORES, "heads", 0.9).keep == {"c.heads": (1,)}
-
-
-def test_nothing_to_remove_names_no_group() -> None:
-    assert plan_removal(GROUPS, SCORES, "neurons", 0.0).keep == {}
-
-
-@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
-def test_sizes_are_multiples_of_round_to(share: float) -> None:
-    groups = (group("a", 32), group("b", 32))
-    scores = {g.key: torch.rand(32, generator=torch.Generator().manual_seed(1)) for g in groups}
-    plan = plan_removal(groups, scores, "neurons", share, round_to=8)
-    kept = [len(plan.keep.get(g.key, range(32))) for g in groups]
-    assert all(count % 8 == 0 and count > 0 for count in kept)
-    assert sum(kept) == 64 * (1 - share)
-
-
-def test_uneven_sizes_keep_the_rest() -> None:
-    groups = (group("a", 10),)
-    plan = plan_removal(groups, {"a.neurons": torch.arange(10.0)}, "neurons", 0.8, round_to=4)
-    assert plan.keep["a.neurons"] == (4, 5, 6, 7, 8, 9)  # 2 would be less than a step
-
-
-def test_too_small_a_share_is_refused() -> None:
-    with pytest.raises(ConfigError, match="lower --round-to"):
-        plan_removal(GROUPS, SCORES, "neurons", 0.1, round_to=4)
-
-
-def test_round_trips_through_json() -> None:
-    plan = plan_removal(GROUPS, SCORES, "neurons", 0.5)
+@pytest.mark.parametrize("name", PLANS)
+def test_a_plan_is_json_that_a_person_can_read(name: str) -> None:
+    plan, expected = PLANS[name]
+    assert plan.to_json() == expected
     assert PrunePlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
+def test_a_plan_may_be_written_by_hand() -> None:
+    plan = PrunePlan.from_json(
+        {"keep": {"a": [0, 2, 3], "b": " 0 - 2, 7 ,"}, "layers": {"s": [1]}, "hidden": "0-3"}
+    )
+    assert plan == PrunePlan({"a": (0, 2, 3), "b": (0, 1, 2, 7)}, {"s": (1,)}, (0, 1, 2, 3))
+    assert PrunePlan.from_json({"hidden": [4]}) == PrunePlan(hidden=(4,))
+
+
 @pytest.mark.parametrize(
-    ("keep", "message"),
+    ("value", "message"),
     [
-        ({"z.heads": (0,)}, "names z.heads"),
-        ({"a.neurons": ()}, "empty"),
-        ({"a.neurons": (0, 4)}, "below 4"),
-        ({"a.neurons": (1, 0)}, "ascending"),
-        ({"a.neurons": (1, 1)}, "ascending"),
-        ({"a.neurons": (-1, 1)}, "below 4"),
+        ([], "a plan holds keep, layers, hidden"),
+        ({"keeps": {}}, "nothing like .*keeps"),
+        ({"keep": [1]}, '"keep" must be an object'),
+        ({"keep": {"a": 3}}, "a must be a list"),
+        ({"keep": {"a": [True]}}, "a must be a list"),
+        ({"keep": {"a": [0.5]}}, "a must be a list"),
+        ({"keep": {"a": "3-1"}}, "a has '3-1'"),
+        ({"keep": {"a": "x"}}, "a has 'x'"),
+        ({"keep": {"a": "-1"}}, "a has '-1'"),
+        ({"keep": {"a": ""}}, "leaves a empty"),
+        ({"keep": {"a": "0-3,2"}}, "a must be ascending"),
+        ({"keep": {"a": [1, 0]}}, "a must be ascending"),
+        ({"keep": {"a": [1, 1]}}, "a must be ascending"),
+        ({"keep": {"a": [-1, 1]}}, "a must be ascending from 0"),
+        ({"layers": {"s": []}}, "leaves s empty"),
+        ({"hidden": []}, "leaves hidden empty"),
+        ({"hidden": [2, 1]}, "hidden must be ascending"),
     ],
 )
-def test_impossible_plans_are_refused(keep: dict[str, tuple[int, ...]], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        check_plan(PrunePlan(keep), GROUPS)
+def test_nonsense_is_refused_by_name(value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        PrunePlan.from_json(value)
+    assert "\n" not in str(caught.value)
 
 
-def test_possible_plans_pass() -> None:
-    check_plan(PrunePlan({"a.neurons": (0, 3), "c.heads": (1,)}), GROUPS)
+@pytest.mark.parametrize(
+    ("family", "plan", "message"),
+    [
+        (
+            "bert",
+            {"keep": {"z.heads": "0"}},
+            "names z.heads, which the model does not have; it has",
+        ),
+        ("bert", {"keep": {HEADS: "0,4"}}, f"{HEADS} must be below 4, got 4"),
+        ("bert", {"layers": {"layer": "0"}}, "no stack of the model's; it has encoder.layer"),
+        ("bert", {"layers": {"encoder.layer": "0-2"}}, "encoder.layer must be below 2, got 2"),
+        (
+            "mpnet",
+            {"keep": {"encoder.layer.0.attention.attn.heads": "0"}},
+            "shares a bias per head",
+        ),
+        ("bert", {"keep": {HEADS.replace("heads", "queries"): "0"}}, "does not have"),
+        (
+            "llama",
+            {"keep": {QUERIES: "0,1,2"}},
+            "same number of query heads.* keeps 2 of 0, 1 of 1",
+        ),
+        ("llama", {"keep": {QUERIES: "0,1"}}, "keeps 2 of 0, 0 of 1"),
+        ("llama", {"keep": {QUERIES: "0", PAIRS: "1"}}, "keeps 0 of 1"),
+    ],
+)
+def test_plans_that_do_not_fit_the_model_are_refused(
+    family: str, plan: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        check_plan(PrunePlan.from_json(plan), tiny_model(family))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "plan"),
+    [
+        ("bert", {"keep": {HEADS: "0-3", NEURONS: "1"}, "layers": {"encoder.layer": "1"}}),
+        ("llama", {"keep": {QUERIES: "0,3"}}),
+        ("llama", {"keep": {QUERIES: "0,2-3", PAIRS: "1"}}),
+        ("bart", {"layers": {"encoder.layers": "0", "decoder.layers": "1"}}),
+    ],
+)
+def test_possible_plans_pass(family: str, plan: dict[str, Any]) -> None:
+    check_plan(PrunePlan.from_json(plan), tiny_model(family))

@@ -11,11 +11,12 @@ import transformers
 
 import compress.resize
 from calib_data.errors import DataError, ModelError
+from compress.apply_plan import apply_plan
 from compress.checkpoint import Checkpoint, weights_sha256
 from compress.loading import open_checkpoint
-from compress.prune import apply_plan
 from compress.sizes import StudentShape, build
-from compress.students import layer_stacks, make_student
+from compress.stacks import layer_stacks
+from compress.students import make_student
 from tests.compress.test_prune import random_plan
 from tests.compress.test_sentence import change
 from tests.tiny import (
@@ -286,6 +287,6 @@ def test_what_cannot_be_made_smaller_is_refused(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ModelError, match="share one layer"):
         make_student(tiny_checkpoint("albert", num_hidden_layers=3), StudentShape(layers=2))
     teacher = tiny_checkpoint("bert")
-    monkeypatch.setattr(compress.resize, "_along", lambda *_: {})
+    monkeypatch.setattr(compress.resize, "along_units", lambda *_: {})
     with pytest.raises(ModelError, match="no head's, neuron's or channel's"):
         make_student(teacher, StudentShape(ffn=40), samples(teacher))

@@ -9,7 +9,8 @@ from compress.loading import open_checkpoint
 from compress.observe import observe
 from compress.quantize import quantize
 from compress.quantize_config import QuantizeConfig
-from compress.students import evenly_spaced, layer_stack
+from compress.stacks import layer_stack
+from compress.students import evenly_spaced
 from tests.compress.test_prune import apply_plan, random_plan
 from tests.tiny import student_from_layers, tiny_checkpoint, write
 

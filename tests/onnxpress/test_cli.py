@@ -88,6 +88,24 @@ def test_weight_only(place: Path, tmp_path: Path) -> None:
     assert exported["parity"]["passed"]
 
 
+def test_inspect_draws_what_is_kept(place: Path, tmp_path: Path) -> None:
+    must(
+        "compress", "prune", place / "encoder", "--data", place / "text.txt", "--max-length", 32,
+        "--heads", 0.25, "--ffn", 0.25, "--round-to", 8, "-o", tmp_path / "pruned",
+    )  # fmt: skip
+    picture = tmp_path / "kept.png"
+    result = invoke("compress", "inspect", tmp_path / "pruned", "--plot", picture)
+    assert result.exit_code == 0, result.output
+    assert "hidden      32 of 32" in result.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    again = invoke("compress", "inspect", tmp_path / "pruned", "--plot", picture)
+    assert (again.exit_code, "exists; pass --overwrite" in again.stderr) == (8, True)
+    wrong = invoke("compress", "inspect", tmp_path / "pruned", "--plot", tmp_path / "kept.doc")
+    assert (wrong.exit_code, wrong.stderr.count("\n")) == (2, 1)
+    nowhere = picture / "kept.png"
+    assert invoke("compress", "inspect", tmp_path / "pruned", "--plot", nowhere).exit_code == 8
+
+
 def test_students_from_layers(place: Path, tmp_path: Path) -> None:
     result = must(
         "compress", "distill", "--teacher", place / "classifier", "--layers", 1,

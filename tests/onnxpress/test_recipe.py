@@ -143,3 +143,31 @@ def test_an_unknown_setting_is_named(recipe_file: Path, tmp_path: Path) -> None:
 def test_shipped_recipes_can_be_read() -> None:
     for path in (Path(__file__).parents[2] / "recipes").glob("*.yaml"):
         assert read_recipe(path).steps
+
+
+def test_a_pruning_step_takes_what_the_command_takes(tmp_path: Path) -> None:
+    write_sentence_encoder(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("\n".join(SENTENCES))
+    steps = """
+model: {0}/model
+steps:
+  - {{name: small, stage: prune, from: model, data: {0}/text.txt, max_length: 32, round_to: 8, ffn: 0.5,
+      heal: 2, schedule: iterative, rounds: 2, losses: [embedding], sparsity: 2:4,
+      vocab_from: {0}/text.txt}}
+"""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(steps.format(tmp_path))
+    run(path, tmp_path / "out")
+    from compress.loading import open_checkpoint
+
+    lineage = open_checkpoint(tmp_path / "out" / "small").lineage[1:]
+    stages = [entry["stage"] for entry in lineage]
+    assert stages == ["prune", "distill", "prune", "sparsify", "distill", "vocabulary"]
+    assert lineage[-2]["settings"]["weights"] == {"embedding": 1.0}
+    assert run(path, tmp_path / "out") == ["small: unchanged"]
+    path.write_text(steps.format(tmp_path).replace("ffn: 0.5", "speedup: 2, size: 1"))
+    with pytest.raises(ConfigError, match="name one of"):
+        run(path, tmp_path / "out")
+    path.write_text(steps.format(tmp_path).replace("ffn: 0.5", "fnn: 0.5"))
+    with pytest.raises(ConfigError, match="unknown setting 'fnn'"):
+        run(path, tmp_path / "out")
