@@ -15,15 +15,13 @@ from compress.loading import open_checkpoint
 from compress.plan import PrunePlan
 from compress.quantize import quantize
 from compress.quantize_config import QuantizeConfig
-from compress.train_config import TrainConfig
 from tests.compress.test_apply_plan import GROUPED, deep_checkpoint, query_plan, some_layers
-from tests.compress.test_finetune import LABELS
+from tests.compress.test_finetune import BRIEF, LABELS
 from tests.compress.test_prune import random_plan
 from tests.compress.test_width import KEEP
 from tests.export.test_families import DECODERS, SEQ2SEQ, held_to_the_gate
 from tests.tiny import SampledBatches, tiny_batches, write
 
-BRIEF = TrainConfig(steps=20, learning_rate=3e-3, warmup=0.0)
 SOME = ("bert", "gpt2", "llama", "t5", "vit")
 KINDS = ("units", "queries", "layers", "hidden", "all")
 
