@@ -9,7 +9,8 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
 from calib_data.errors import DataError
-from compress.calibration import InputStats
+from compress.histogram import Histogram
+from compress.input_stats import InputStats
 from compress.quantize_config import QuantizeConfig
 from compress.static_int8 import (
     StaticInt8Linear,
@@ -38,7 +39,7 @@ class Range(InputStats):
 
 
 def seen(low: float, high: float, width: int = 24) -> InputStats:
-    return Range(low, high, torch.ones(width), torch.zeros(width), None, 10)
+    return Range(low, high, torch.ones(width), torch.zeros(width), None, 10, Histogram())
 
 
 def made(
