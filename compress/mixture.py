@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from compress.checkpoint import Checkpoint
+from compress.patches import Patches, as_convolution, shown_names
 from compress.quantize import Prepared, quantize_only
 from compress.quantize_config import QuantizeConfig
 
@@ -25,8 +26,13 @@ class Mixture:
         self.names = prepared.names
         self._made = quantize_only(prepared, prepared.names, config, progress)
         source = prepared.checkpoint.backbone
-        self._float = {name: source.get_submodule(name) for name in self.names}
-        self._small = {name: self._made.backbone.get_submodule(name) for name in self.names}
+        folded = shown_names(source)  # what stays float is a convolution again
+        self._places = {name: folded.get(name, name) for name in self.names}
+        self._small = {n: self._made.backbone.get_submodule(p) for n, p in self._places.items()}
+        self._float = {n: source.get_submodule(p) for n, p in self._places.items()}
+        for name, module in self._float.items():
+            if isinstance(module, Patches):
+                self._float[name] = as_convolution(module)
 
     def with_quantized_(self, names: Collection[str]) -> Checkpoint:
         """Make the layers `names` quantized ones and the others float; return the working copy.
@@ -35,7 +41,7 @@ class Mixture:
         """
         for name in self.names:
             chosen = self._small if name in names else self._float
-            self._made.backbone.set_submodule(name, chosen[name])
+            self._made.backbone.set_submodule(self._places[name], chosen[name])
         return replace(self._made, quantization=self._settings(names))
 
     def parameters(self, name: str) -> int:

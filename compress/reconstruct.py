@@ -48,9 +48,8 @@ def reconstruct_(
     `plan` made `pruned` of `source`, of which `moments` saw the groups. Only groups that lost units,
     and that calibration reached, are changed. Raises `ConfigError` for a plan that did not make it.
     """
-    layers: Mapping[str, Sequence[int]] = getattr(plan, "layers", {})
     mine = {
-        f"{original_name(group.name, layers)}.{group.kind}": group
+        f"{original_name(group.name, plan.layers)}.{group.kind}": group
         for group in find_groups(pruned.backbone)
     }
     fits = {}
@@ -65,7 +64,7 @@ def reconstruct_(
                 pruned.backbone.get_submodule(mine[key].down),
                 source.backbone.get_submodule(group.down),
                 feature_indices(_down(group), group.units, kept),
-                getattr(plan, "hidden", None),
+                plan.hidden,
                 moment.gram,
                 ridge,
             )
