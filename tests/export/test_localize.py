@@ -89,7 +89,10 @@ def test_layer_that_runs_twice(tmp_path: Path) -> None:
     case = part.signature.sample(3, 9, ragged=True)
     assert first_divergence(part, double, path, case, FLOAT) is None
     norm = next(
-        n for n in model.graph if "full_layer_layer_norm" in n.metadata_props.get(MODULE, "")
+        n
+        for n in model.graph
+        if n.op_type == "LayerNormalization"
+        and "full_layer_layer_norm" in n.metadata_props.get(MODULE, "")
     )
     norm.attributes["epsilon"] = ir.AttrFloat32("epsilon", 0.1)
     found = divergence(checkpoint, save(model, tmp_path))
