@@ -42,9 +42,11 @@ def test_case_that_happens_to_be_exact_is_allowed_the_usual_error() -> None:
     }
     found = allowances(cases, 4.0)
     pooled = ((3 * 1e-6 + 2 * 4e-6) / 6) ** 0.5
-    assert found["exact"] == pytest.approx((4 * pooled, 12 * pooled))
+    assert found["exact"] == pytest.approx((4 * pooled, 20e-3))
     assert found["usual"] == pytest.approx((4 * pooled, 20e-3))
-    assert found["bad"] == pytest.approx((8e-3, 12 * pooled))
+    assert found["bad"] == pytest.approx((8e-3, 20e-3))
+    alike = {name: expected(1.0, own=(1e-3, 1e-3)) for name in "ab"}  # few numbers: no tail seen
+    assert allowances(alike, 4.0)["a"] == pytest.approx((4e-3, 12e-3))
 
 
 def test_allowance_of_an_exact_output_is_its_step() -> None:
