@@ -27,9 +27,10 @@ class Mixture:
         self._made = quantize_only(prepared, prepared.names, config, progress)
         source = prepared.checkpoint.backbone
         folded = shown_names(source)  # what stays float is a convolution again
-        self._places = {name: folded.get(name, name) for name in self.names}
-        self._small = {n: self._made.backbone.get_submodule(p) for n, p in self._places.items()}
-        self._float = {n: source.get_submodule(p) for n, p in self._places.items()}
+        # where each stands in the working copy, in either form
+        self.places = {name: folded.get(name, name) for name in self.names}
+        self._small = {n: self._made.backbone.get_submodule(p) for n, p in self.places.items()}
+        self._float = {n: source.get_submodule(p) for n, p in self.places.items()}
         for name, module in self._float.items():
             if isinstance(module, Patches):
                 self._float[name] = as_convolution(module)
@@ -41,7 +42,7 @@ class Mixture:
         """
         for name in self.names:
             chosen = self._small if name in names else self._float
-            self._made.backbone.set_submodule(self._places[name], chosen[name])
+            self._made.backbone.set_submodule(self.places[name], chosen[name])
         return replace(self._made, quantization=self._settings(names))
 
     def parameters(self, name: str) -> int:

@@ -64,7 +64,7 @@ def sensitivity(
     tokens, main = tokens_of(exact), exact.output
     for batch in batches:
         exact = mixture.with_quantized_(())
-        with _recorded(exact.backbone, mixture.names) as tape:
+        with _recorded(exact.backbone, mixture.places) as tape:
             expected = exact.predict(batch)
         progress()
         for output, y in expected.items():
@@ -152,8 +152,8 @@ class _Tape:
 
 
 @contextlib.contextmanager
-def _recorded(model: nn.Module, names: Iterable[str]) -> Iterator[_Tape]:
-    """Yield a tape that is filled by the pass made meanwhile."""
+def _recorded(model: nn.Module, places: Mapping[str, str]) -> Iterator[_Tape]:
+    """Yield a tape that is filled by the pass made meanwhile; `places` says where a layer stands."""
     tape = _Tape(_blocks(model))
 
     def gave(block: nn.Module, _: Any, output: Any) -> None:
@@ -166,7 +166,8 @@ def _recorded(model: nn.Module, names: Iterable[str]) -> Iterator[_Tape]:
         return note
 
     handles = [block.register_forward_hook(gave) for block in tape.blocks]
-    handles += [model.get_submodule(n).register_forward_pre_hook(called(n)) for n in names]
+    for name, place in places.items():
+        handles.append(model.get_submodule(place).register_forward_pre_hook(called(name)))
     try:
         yield tape
     finally:

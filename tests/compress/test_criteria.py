@@ -6,11 +6,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from calib_data.errors import ConfigError, DataError, ModelError
+from compress.apply_plan import mask_units_
 from compress.blocks import find_groups
 from compress.criteria import CRITERIA, unit_importance
 from compress.losses import hard_targets
 from compress.plan import PrunePlan
-from compress.prune import mask_units_
 from tests.compress.test_importance import scaled
 from tests.tiny import FAMILIES, SampledBatches, tiny_batches, tiny_checkpoint
 
