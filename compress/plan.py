@@ -14,6 +14,7 @@ from compress.stacks import droppable_stacks
 from compress.width import hidden_size
 
 _FIELDS = ("keep", "layers", "hidden")
+_MOST = 10**7  # indices that a plan may name at once: a file of ten bytes must not fill the memory
 
 
 @dataclass(frozen=True)
@@ -148,10 +149,13 @@ def _indices(name: str, value: Any) -> tuple[int, ...]:
     if isinstance(value, str):
         found: list[int] = []
         for part in filter(None, (part.strip() for part in value.split(","))):
-            match = re.fullmatch(r"(\d+)\s*(?:-\s*(\d+))?", part)
+            match = re.fullmatch(r"(\d{1,9})\s*(?:-\s*(\d{1,9}))?", part)
             if match is None or int(match[2] or match[1]) < int(match[1]):
-                raise ConfigError(f'the plan\'s {name} has {part!r}; write "0-15,32"')
-            found.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
+                raise ConfigError(f'the plan\'s {name} has {part!r:.80}; write "0-15,32"')
+            run = range(int(match[1]), int(match[2] or match[1]) + 1)
+            if len(found) + len(run) > _MOST:
+                raise ConfigError(f"the plan's {name} names more units than any model has: {part}")
+            found.extend(run)
         return tuple(found)
     if isinstance(value, Sequence) and all(type(unit) is int for unit in value):
         return tuple(value)

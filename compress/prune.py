@@ -47,19 +47,25 @@ def prune(
     """Return the checkpoint without what matters least, or with what `plan` keeps; smaller for real.
 
     The input is untouched. The report holds what every layer keeps, and the parameters before and
-    after. Raises `ModelError` for a quantized checkpoint or one without blocks to prune.
+    after. Raises `ModelError` for a quantized checkpoint or one without blocks to prune, and for a
+    sparse one where `config` says to reconstruct.
     """
-    refuse_pruning(checkpoint)
+    refuse_pruning(checkpoint, config.reconstruct)
     if plan is None:
         plan = plan_by_shares(checkpoint, study(checkpoint, batches, config, progress), config)
     return carry_out(checkpoint, plan, config, batches, progress)
 
 
-def refuse_pruning(checkpoint: Checkpoint) -> None:
-    """Raise `ModelError` for a checkpoint whose weights cannot be cut."""
+def refuse_pruning(checkpoint: Checkpoint, reconstruct: bool) -> None:
+    """Raise `ModelError` for a checkpoint whose weights cannot be cut, or not fitted afterwards."""
     if checkpoint.quantization:
         raise ModelError("this checkpoint is quantized already; prune first, then quantize")
     refuse_adapters(checkpoint, "prune")
+    if checkpoint.sparse and reconstruct:
+        raise ModelError(
+            "reconstruction fills the zeros of a sparse model; prune before --sparsity, or pass "
+            "--no-reconstruct"
+        )
 
 
 def study(

@@ -25,7 +25,7 @@ from compress.plan import PrunePlan
 from compress.resize import original_name
 from compress.surgery import feature_indices
 
-RIDGE = 0.1  # ρ: on MiniLM 0.01 and 1.0 are worse, 0.001 by far (docs/results/pruning.md)
+RIDGE = 0.1  # ρ: on MiniLM 0.01 is worse, 0.001 by far (docs/results/pruning.md)
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ class VocabularyChoice:
     spec: str
     columns: str | None = None
     keep: Path | None = None  # a token, or a text whose tokens stay, on each line
+    min_count: int = 1  # a token occurs so often, or it goes
 
     def texts(self) -> list[str]:
         """Return the texts."""

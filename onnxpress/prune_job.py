@@ -35,7 +35,7 @@ class PruneJob:
     ) -> None:
         from compress.prune import refuse_pruning
 
-        refuse_pruning(source)
+        refuse_pruning(source, choice.cuts(config) and config.reconstruct)
         self.source, self.data, self.config, self.choice = source, data, config, choice
         self.run, self.training = run, training
         self.calibration = self._calibration()
@@ -168,7 +168,9 @@ class PruneJob:
 
         choice = self.choice.vocabulary
         if choice is not None:
-            result = prune_vocabulary(done.checkpoint, choice.texts(), choice.listed())
+            result = prune_vocabulary(
+                done.checkpoint, choice.texts(), choice.listed(), choice.min_count
+            )
             done.checkpoint = result.checkpoint
             done.told[-1]["vocabulary"] = result.report
 

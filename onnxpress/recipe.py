@@ -338,7 +338,9 @@ def _finetune(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) 
 # settings of a pruning step that are not of a config: what is aimed at, and how it is healed
 _TARGET = {"speedup", "latency", "size", "provider", "shape", "threads", "tables", "whole_layers"}
 _HEAL = {"heal", "schedule", "rounds", "pack"}
-_BESIDES = {"sparsity", "sparsity_method", "vocab_from", "vocab_columns", "keep_tokens"}
+_BESIDES = {
+    "sparsity", "sparsity_method", "vocab_from", "vocab_columns", "vocab_min_count", "keep_tokens"
+}  # fmt: skip
 
 
 def _prune(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) -> dict[str, Any]:
@@ -386,7 +388,10 @@ def _vocabulary(settings: Mapping[str, Any]) -> VocabularyChoice | None:
         return None
     keep = settings.get("keep_tokens")
     return VocabularyChoice(
-        settings["vocab_from"], settings.get("vocab_columns"), None if keep is None else Path(keep)
+        settings["vocab_from"],
+        settings.get("vocab_columns"),
+        None if keep is None else Path(keep),
+        settings.get("vocab_min_count", 1),
     )
 
 

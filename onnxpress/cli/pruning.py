@@ -183,6 +183,7 @@ def other_options(command: Command) -> Command:
         "--vocab-from", help="Then drop the tokens that these data, as --data, never use."
     )
     @click.option("--vocab-columns", help="As --columns, for --vocab-from.")
+    @click.option("--vocab-min-count", type=int, help="Tokens seen less often go too; default 1.")
     @click.option(
         "--keep-tokens", type=click.Path(path_type=Path, dir_okay=False),
         help="File of tokens, or texts whose tokens, stay as well, one a line.",
@@ -194,15 +195,26 @@ def other_options(command: Command) -> Command:
         sparsity_method: str | None,
         vocab_from: str | None,
         vocab_columns: str | None,
+        vocab_min_count: int | None,
         keep_tokens: Path | None,
         **kwargs: Any,
     ) -> Any:
-        if vocab_from is None and (vocab_columns or keep_tokens):
-            option = "--vocab-columns" if vocab_columns else "--keep-tokens"
-            raise ConfigError(f"{option} goes with --vocab-from; add it")
+        with_it = {
+            "--vocab-columns": vocab_columns,
+            "--vocab-min-count": vocab_min_count,
+            "--keep-tokens": keep_tokens,
+        }
+        given = [option for option, value in with_it.items() if value is not None]
+        if vocab_from is None and given:
+            raise ConfigError(f"{given[0]} goes with --vocab-from; add it")
         vocabulary = None
         if vocab_from is not None:
-            vocabulary = VocabularyChoice(vocab_from, vocab_columns, keep_tokens)
+            vocabulary = VocabularyChoice(
+                vocab_from,
+                vocab_columns,
+                keep_tokens,
+                1 if vocab_min_count is None else vocab_min_count,
+            )
         zeros = sparsity_of(sparsity, sparsity_method)
         return command(*args, sparsity=zeros, vocabulary=vocabulary, **kwargs)
 

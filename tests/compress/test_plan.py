@@ -51,6 +51,8 @@ def test_a_plan_may_be_written_by_hand() -> None:
         ({"keep": {"a": "3-1"}}, "a has '3-1'"),
         ({"keep": {"a": "x"}}, "a has 'x'"),
         ({"keep": {"a": "-1"}}, "a has '-1'"),
+        ({"keep": {"a": "0-400000000"}}, "a names more units than any model has"),
+        ({"keep": {"a": "9" * 5000}}, "a has '999"),
         ({"keep": {"a": ""}}, "leaves a empty"),
         ({"keep": {"a": "0-3,2"}}, "a must be ascending"),
         ({"keep": {"a": [1, 0]}}, "a must be ascending"),

@@ -14,6 +14,7 @@ from compress.prune import PruneConfig, prune
 from compress.quantize import quantize
 from compress.quantize_config import QuantizeConfig
 from compress.signature import named_outputs
+from compress.sparsity import SparsityConfig, sparsify, zero_share
 from tests.tiny import FAMILIES, tiny_batches, tiny_checkpoint
 
 
@@ -155,3 +156,13 @@ def test_neurons_of_shared_bias_models_are_removed() -> None:
 def test_plan_for_another_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="does not have"):
         apply_plan(tiny_checkpoint("bert"), random_plan(tiny_checkpoint("gpt2")))
+
+
+def test_a_sparse_model_is_cut_but_not_fitted() -> None:
+    checkpoint, batches = tiny_checkpoint("bert"), tiny_batches(8)
+    sparse = sparsify(checkpoint, batches, SparsityConfig(share=0.5)).checkpoint
+    with pytest.raises(ModelError, match="prune before --sparsity, or pass --no-reconstruct"):
+        prune(sparse, batches, PruneConfig(ffn=0.5))
+    pruned = prune(sparse, batches, PruneConfig(ffn=0.5, reconstruct=False)).checkpoint
+    assert pruned.sparse
+    assert zero_share(pruned) > 0.3

@@ -228,8 +228,12 @@ def test_a_vocabulary_is_cut_last(
     told = done(prune(*line, "-o", tmp_path / "alone", data=None))
     assert told["vocabulary"]["tokens_after"] < told["vocabulary"]["tokens_before"]
     made = open_checkpoint(tmp_path / "alone")
-    assert {"tree", "cat"} <= set(made.processor.get_vocab())
+    assert {"tree", "cat", "the"} <= set(made.processor.get_vocab())
     assert [e["stage"] for e in made.lineage[1:]] == ["vocabulary"]
+    done(prune(*line, "--vocab-min-count", 2, "-o", tmp_path / "often", data=None))
+    often = set(open_checkpoint(tmp_path / "often").processor.get_vocab())
+    assert {"tree", "the"} <= often
+    assert "cat" not in often
     done(prune(*line, "--ffn", 0.5, "--heal", 1, "-o", tmp_path / "both"))
     stages = [e["stage"] for e in open_checkpoint(tmp_path / "both").lineage[1:]]
     assert stages == ["prune", "distill", "vocabulary"]
@@ -256,6 +260,7 @@ def test_a_vocabulary_is_cut_last(
         (("--sparsity", 1.5), "--sparsity must be above 0"),
         (("--sparsity-method", "wanda"), "goes with --sparsity"),
         (("--keep-tokens", "x"), "--keep-tokens goes with --vocab-from"),
+        (("--vocab-min-count", 2), "--vocab-min-count goes with --vocab-from"),
         (("--calibrate", 0), "--calibrate must be at least 1"),
         (("--shape", "8", "--speedup", 2), "--shape wants batch x length"),
     ],

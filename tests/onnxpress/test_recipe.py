@@ -153,7 +153,7 @@ model: {0}/model
 steps:
   - {{name: small, stage: prune, from: model, data: {0}/text.txt, max_length: 32, round_to: 8, ffn: 0.5,
       heal: 2, schedule: iterative, rounds: 2, losses: [embedding], sparsity: 2:4,
-      vocab_from: {0}/text.txt}}
+      vocab_from: {0}/text.txt, vocab_min_count: 2}}
 """
     path = tmp_path / "recipe.yaml"
     path.write_text(steps.format(tmp_path))
