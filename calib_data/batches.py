@@ -21,7 +21,7 @@ ROWS = "rows"  # (B,) int64, the examples that a batch holds, where `Batches.num
 TARGETS = ("labels", "scores", ROWS)  # what a batch carries besides the inputs of the model
 TEACHER = "teacher_"  # how the inputs begin that are for a teacher with a processor of its own
 POOL = 50  # batches that are sorted together when shuffling
-_AT_ONCE = 256  # texts that are encoded: a tokenizer makes far more of each than is kept
+_AT_ONCE = 64  # texts that are encoded: a tokenizer makes far more of each than is kept
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,9 @@ class Texts:
             texts = [examples.column("text_pair" if field == "text_pair" else "text")]
         if max_length is not None:
             max_length = min(max_length, tokenizer.model_max_length)
-        self._columns: dict[str, list[np.ndarray]] = {}
+        # one array a column: rows of their own, among what a tokenizer throws away, tear the heap
+        parts: dict[str, list[np.ndarray]] = {}
+        lengths: list[int] = []
         for start in range(0, len(texts[0]), _AT_ONCE):
             encoded = tokenizer(
                 *(column[start : start + _AT_ONCE] for column in texts),
@@ -240,11 +242,14 @@ class Texts:
                 max_length=max_length,
                 return_attention_mask=True,
             )
+            lengths += map(len, encoded["input_ids"])
             for name in encoded:
                 if name in {"attention_mask", *tokenizer.model_input_names}:
-                    rows = [np.asarray(row, dtype=np.int64) for row in encoded[name]]
-                    self._columns.setdefault(name, []).extend(rows)
-        self.lengths = np.array([len(row) for row in self._columns["input_ids"]])
+                    rows = [np.asarray(row, dtype=np.int32) for row in encoded[name]]
+                    parts.setdefault(name, []).append(np.concatenate(rows))
+        self._columns = {name: np.concatenate(arrays) for name, arrays in parts.items()}
+        self.lengths = np.array(lengths)
+        self._ends = self.lengths.cumsum()
         if not self.lengths.all():
             raise DataError(
                 f"{examples.spec}, example {int(self.lengths.argmin()) + 1} has no token that the "
@@ -267,7 +272,7 @@ class Texts:
                 (len(rows), longest), self._fill.get(name, 0), dtype=np.int64
             )  # (B, T)
             for target, row in zip(padded, rows):
-                values = column[row]
+                values = column[self._ends[row] - self.lengths[row] : self._ends[row]]
                 target[longest - len(values) if self._left else 0 :][: len(values)] = values
             batch[name] = torch.from_numpy(padded)
         return batch
@@ -275,7 +280,8 @@ class Texts:
     def arrays(self) -> Iterator[np.ndarray]:
         """Yield the ids, masks and types of every text."""
         for column in self._columns.values():
-            yield from column
+            for text in np.split(column, self._ends[:-1]):
+                yield text.astype(np.int64)
 
 
 class _Images:

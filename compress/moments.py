@@ -37,8 +37,8 @@ class Moment:
 class Moments(Mapping[str, Moment]):
     """The moment of each layer by key, gathered in as many passes over the data as memory asks for.
 
-    Where all fit into `limit` bytes that is one pass. Otherwise each holds as many as do, and a layer
-    of another one is gathered when it is asked for: ask in order.
+    Nothing is gathered before it is asked for. Where all fit into `limit` bytes that is one pass.
+    Otherwise each holds as many as do, and a layer of another one costs another pass: ask in order.
     """
 
     def __init__(
@@ -54,8 +54,6 @@ class Moments(Mapping[str, Moment]):
         sizes = {key: _bytes(checkpoint, name) for key, name in layers.items()}
         self._passes = _split(sizes, limit)
         self._held: dict[str, Moment] = {}
-        if len(self._passes) == 1:
-            self._gather(self._passes[0])
 
     def __getitem__(self, key: str) -> Moment:
         if key not in self._held:
@@ -91,8 +89,8 @@ def moments(
 ) -> Moments:
     """Return what the last projections of `groups` are given by the unpruned `checkpoint`, by key.
 
-    `progress` is told of each batch of each pass. Padding does not count. Raises `DataError` for no
-    batches, `ModelError` for numbers that are not finite.
+    `progress` is told of each batch of each pass. Padding does not count. Asking for one raises
+    `DataError` for no batches, `ModelError` for numbers that are not finite.
     """
     layers = {group.key: group.down for group in groups}
     return Moments(checkpoint, layers, batches, progress, limit)

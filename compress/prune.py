@@ -15,14 +15,15 @@ from compress.blocks import Group, find_groups, locked_attentions
 from compress.checkpoint import Checkpoint, StageResult, parameter_count, weights_sha256
 from compress.criteria import unit_importance
 from compress.kept import plan_record
-from compress.moments import moments
+from compress.moments import Moment, moments
 from compress.plan import PrunePlan
 from compress.prune_config import PruneConfig
 from compress.reconstruct import reconstruct_
+from compress.redundancy import stand_in_costs
 from compress.stacks import droppable_stacks
 from compress.stream_importance import hidden_importance, layer_importance
 
-__all__ = ["PruneConfig", "Study", "carry_out", "plan_by_shares", "prune", "study"]
+__all__ = ["PruneConfig", "Study", "carry_out", "fitted_to", "plan_by_shares", "prune", "study"]
 
 Progress = Callable[[], None]
 
@@ -51,9 +52,11 @@ def prune(
     sparse one where `config` says to reconstruct.
     """
     refuse_pruning(checkpoint, config.reconstruct)
+    seen = fitted_to(checkpoint, batches, config, progress)
     if plan is None:
-        plan = plan_by_shares(checkpoint, study(checkpoint, batches, config, progress), config)
-    return carry_out(checkpoint, plan, config, batches, progress)
+        found = study(checkpoint, batches, config, seen, progress)
+        plan = plan_by_shares(checkpoint, found, config)
+    return carry_out(checkpoint, plan, config, batches, seen)
 
 
 def refuse_pruning(checkpoint: Checkpoint, reconstruct: bool) -> None:
@@ -68,10 +71,23 @@ def refuse_pruning(checkpoint: Checkpoint, reconstruct: bool) -> None:
         )
 
 
+def fitted_to(
+    checkpoint: Checkpoint,
+    batches: Batches | None,
+    config: PruneConfig,
+    progress: Progress = lambda: None,
+) -> Mapping[str, Moment] | None:
+    """Return what reconstruction fits to, by group; None where there is none. It computes when asked."""
+    if batches is None or not config.reconstruct:
+        return None
+    return moments(checkpoint, find_groups(checkpoint.backbone), batches, progress)
+
+
 def study(
     checkpoint: Checkpoint,
     batches: Batches,
     config: PruneConfig,
+    seen: Mapping[str, Moment] | None,
     progress: Progress = lambda: None,
     *,
     units: bool | None = None,
@@ -79,6 +95,8 @@ def study(
 ) -> Study:
     """Return what calibration says of all that `config` has to choose among.
 
+    With `seen`, which `fitted_to` gives, units count by what reconstruction will leave of their loss;
+    those chosen by chance do not.
     `units` and `layers` say whether those are to be chosen where it is not the shares that tell.
     Raises `ModelError` for heads that are to go and cannot.
     """
@@ -95,6 +113,8 @@ def study(
         found = unit_importance(
             checkpoint, groups, batches, config.criterion, config.seed, progress
         )
+        if seen is not None and config.criterion != "random":
+            found = stand_in_costs(checkpoint, groups, found, seen)
     stacks = droppable_stacks(checkpoint.backbone)
     by_layer, channels = {}, None
     if bool(config.layers) if layers is None else layers:
@@ -129,18 +149,17 @@ def carry_out(
     plan: PrunePlan,
     config: PruneConfig,
     batches: Batches | None,
-    progress: Progress = lambda: None,
+    seen: Mapping[str, Moment] | None,
     **details: Any,
 ) -> StageResult:
-    """Return the checkpoint cut down to `plan`, what stays fitted to `batches` if that is wanted.
+    """Return the checkpoint cut down to `plan`, what stays fitted to what `fitted_to` has `seen`.
 
-    `details` go into the lineage.
+    `details` go into the lineage, and the fingerprint of `batches`.
     """
     groups = find_groups(checkpoint.backbone)
     pruned = apply_plan(checkpoint, plan)
     fitted: dict[str, dict[str, float]] = {}
-    if config.reconstruct and batches is not None and plan.keep:
-        seen = moments(checkpoint, groups, batches, progress)
+    if seen is not None and plan.keep:
         fits = reconstruct_(pruned, checkpoint, plan, seen)
         fitted = {key: {"before": fit.before, "after": fit.after} for key, fit in fits.items()}
     report = {

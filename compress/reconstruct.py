@@ -63,7 +63,7 @@ def reconstruct_(
             fits[key] = _fit_(
                 pruned.backbone.get_submodule(mine[key].down),
                 source.backbone.get_submodule(group.down),
-                feature_indices(_down(group), group.units, kept),
+                feature_indices(down_part(group), group.units, kept),
                 plan.hidden,
                 moment.gram,
                 ridge,
@@ -78,10 +78,10 @@ def _fit_(
     mine: Any, theirs: Any, kept: Tensor, outputs: Sequence[int] | None, gram: Tensor, ridge: float
 ) -> Fit:
     """Fit the projection `mine`, which keeps the features `kept` of `theirs`, and these outputs."""
-    whole = _affine(theirs)  # (in + 1, out)
+    whole = affine(theirs)  # (in + 1, out)
     if outputs is not None:
         whole = whole[:, list(outputs)]
-    before = _affine(mine)
+    before = affine(mine)
     if theirs.bias is not None:
         kept = torch.cat([kept, kept.new_tensor([len(whole) - 1])])
     if before.shape != (len(kept), whole.shape[1]):
@@ -109,7 +109,7 @@ def _fit_(
     )
 
 
-def _affine(module: Any) -> Tensor:
+def affine(module: Any) -> Tensor:
     """Return a projection's weight and, as the last row, its bias: (in + 1, out), float64."""
     weight = input_columns(module, module.weight.detach()).t().double().cpu()  # (in, out)
     if module.bias is None:
@@ -128,5 +128,6 @@ def _energy(weight: Tensor, gram: Tensor) -> float:
     return float((weight * (gram @ weight)).sum())
 
 
-def _down(group: Group) -> Part:
+def down_part(group: Group) -> Part:
+    """Return where the group's units lie along the inputs of its last projection."""
     return next(part for part in group.parts if part.module == group.down)

@@ -3,7 +3,7 @@
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,19 @@ from onnxpress.training import Place, TrainingChoice
 if TYPE_CHECKING:
     from calib_data.batches import Batches
     from compress.checkpoint import Checkpoint
+    from compress.moments import Moment
     from compress.plan import PrunePlan
     from compress.prune import PruneConfig
     from onnxpress.stages import DataChoice, Run
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a round takes away, what was measured for it, and what its reconstruction fits to."""
+
+    plan: "PrunePlan"
+    measured: dict[str, Any]
+    seen: "Mapping[str, Moment] | None"
 
 
 class PruneJob:
@@ -68,25 +78,26 @@ class PruneJob:
         self._cut_vocabulary(done)
         return done
 
-    def plan(self, done: Progressed) -> "tuple[PrunePlan, dict[str, Any]]":
-        """Return the plan of the next round, and what was measured for it."""
-        from compress.prune import kept_channels, plan_by_shares, study
+    def plan(self, done: Progressed) -> "Planned":
+        """Return the plan of the next round."""
+        from compress.prune import fitted_to, kept_channels, plan_by_shares, study
 
-        if self.choice.plan is not None:
-            return read_plan(self.choice.plan), {}
-        assert self.calibration is not None  # or `PruneChoice.check` has raised
         target, current = self.choice.target, done.checkpoint
         left = self.choice.rounds - done.healed
         config = self._config_of(done)
         with self.run.progress("importance", None) as advance:
+            seen = fitted_to(current, self.calibration, config, advance)
+            if self.choice.plan is not None:
+                return Planned(read_plan(self.choice.plan), {}, seen)
+            assert self.calibration is not None  # or `PruneChoice.check` has raised
             found = study(
-                current, self.calibration, config, advance,
+                current, self.calibration, config, seen, advance,
                 **({"units": True, "layers": target.whole_layers} if target else {}),
             )  # fmt: skip
         if self._aim is None:
-            return plan_by_shares(current, found, config), {}
+            return Planned(plan_by_shares(current, found, config), {}, seen)
         with self.run.progress("latency", None) as advance:
-            return self._aim.plan(
+            plan, measured = self._aim.plan(
                 current,
                 found,
                 config.limits,
@@ -95,6 +106,7 @@ class PruneJob:
                 hidden=kept_channels(found, config),
                 tell=lambda what: advance(what, 0, None),
             )
+        return Planned(plan, measured, seen)
 
     def report(self, done: Progressed) -> dict[str, Any]:
         """Return what there is to tell of a finished run."""
@@ -133,17 +145,19 @@ class PruneJob:
             done.told.append({})
             self._sparsify(done)
             return
-        plan, measured = self.plan(done)
-        target = self.choice.target
-        details = {"target": target.to_json(), "measured": measured} if target else {}
-        batches = self.calibration if self.config.reconstruct else None
-        with self.run.progress("reconstruct", None) as advance:
-            result = carry_out(
-                done.checkpoint, plan, self._config_of(done), batches, advance, **details
-            )
+        made, target = self.plan(done), self.choice.target
+        details = {"target": target.to_json(), "measured": made.measured} if target else {}
+        result = carry_out(
+            done.checkpoint,
+            made.plan,
+            self._config_of(done),
+            self.calibration,
+            made.seen,
+            **details,
+        )
         done.checkpoint = result.checkpoint
-        done.plans.append(plan)
-        told = {"measured": measured} if measured else {}
+        done.plans.append(made.plan)
+        told = {"measured": made.measured} if made.measured else {}
         done.told.append(
             {**told, **{k: v for k, v in result.report.items() if k == "reconstruction"}}
         )

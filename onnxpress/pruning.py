@@ -59,15 +59,15 @@ def plan_model(
     source = model.open()
     job = PruneJob(source, data, config, choice, run, TrainingChoice())
     with job.aim():
-        plan, told = job.plan(Progressed(source, [], []))
+        made = job.plan(Progressed(source, [], []))
     with destination_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, plan.to_json())
+        write_json(out, made.plan.to_json())
     return {
         "stage": "plan",
         "path": str(out),
-        "plan": plan.to_json(),
-        **({"measured": told} if told else {}),
+        "plan": made.plan.to_json(),
+        **({"measured": made.measured} if made.measured else {}),
     }
 
 
