@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import pruning_subjects
+from benchmarks.distillation import HALF
 from benchmarks.pruning_subjects import MINILM, Subject
 from calib_data.errors import OnnxPressError
 
@@ -57,9 +58,9 @@ def _sentences(data: Path) -> Iterator[Row]:
     yield Row("minilm/float.onnx", "minilm", (whole,))
     yield Row("minilm/1.5-untrained", "minilm", ((*prune, "--speedup", "1.5"),), 86.0, 3)
     for speed, steps, goal, minutes in (
-        ("1.5", "700", 86.6, 10), ("2.5", "3600", 86.4, 40), ("4.0", "6500", 85.5, 60),
+        ("1.5", "1000", 86.6, 10), ("2.5", "7000", 86.4, 40), ("4.0", "12000", 85.5, 60),
     ):  # fmt: skip
-        healed = (*prune, "--speedup", speed, "--heal", steps)
+        healed = (*prune, "--speedup", speed, "--heal", steps, *HALF)
         yield Row(f"minilm/{speed}-healed", "minilm", (healed,), goal, minutes)
     rounds = ("--schedule", "iterative", "--rounds", "3", "--heal", "1200")
     yield Row("minilm/2.5-rounds", "minilm", ((*prune, "--speedup", "2.5", *rounds),))
@@ -73,13 +74,15 @@ def _sentences(data: Path) -> Iterator[Row]:
 
 
 def _criteria(data: Path) -> Iterator[Row]:
-    """Every criterion at one speed with one healing, three seeds each."""
-    prune = ("compress", "prune", MINILM, *pruning_subjects.mixed(data), *SHAPE)
+    """Every criterion at one size, and so one speed, with one healing, three seeds each."""
+    prune = ("compress", "prune", MINILM, *pruning_subjects.mixed(data))
+    shares = ("--heads", "0.45", "--ffn", "0.45")
     for criterion in CRITERIA:
         for seed in SEEDS:
-            line = (*prune, "--speedup", "2.0", "--criterion", criterion, "--seed", str(seed))
+            line = (*prune, *shares, "--criterion", criterion, "--seed", str(seed))
+            healed = (*line, "--heal", "300", *HALF)
             yield Row(f"criteria/{criterion}-untrained-{seed}", "minilm", (line,))
-            yield Row(f"criteria/{criterion}-{seed}", "minilm", ((*line, "--heal", "300"),))
+            yield Row(f"criteria/{criterion}-{seed}", "minilm", (healed,))
 
 
 def _besides(data: Path) -> Iterator[Row]:
