@@ -150,6 +150,42 @@ def training_plots(report: BenchmarkReport) -> list[Plot]:
     return plots
 
 
+def trend_plots(reports: Sequence[BenchmarkReport]) -> list[Plot]:
+    """Return a curve per variant of the last report: its speed-up, or its time, report by report."""
+    ordered = sorted(reports, key=lambda report: report.created)
+    place = summary.headline(reports[-1])
+    plots = []
+    for variant in reports[-1].variants:
+        found = []
+        for report in ordered:
+            then = next((v for v in report.variants if v.name == variant.name), None)
+            latency = summary.latency_at(then, place) if then else None
+            if latency is not None:
+                found.append(latency)
+        if len(found) < 2:
+            continue
+        factors = [x.speedup for x in found if x.speedup is not None]
+        if len(factors) == len(found):
+            unit, ends = "×", [(x.value, *x.interval) for x in factors]
+        else:
+            unit = "ms"
+            ends = [(1e3 * x.median, 1e3 * x.interval[0], 1e3 * x.interval[1]) for x in found]
+        values, lows, highs = zip(*ends, strict=True)
+        title = f"{variant.name}, {unit} at {place}"
+        with _settings(f"trend {title}"):
+            figure, axes = _figure(360, 200)
+            axes.set_position((52 / 360, 44 / 200, 1 - 66 / 360, 1 - 60 / 200))
+            places = list(range(1, len(values) + 1))
+            axes.vlines(places, lows, highs, color=ACCENT, linewidth=1.5)
+            axes.plot(places, values, "o-", color=ACCENT, linewidth=1.5, markersize=6)
+            axes.set_ylim(0, 1.15 * max(highs))
+            axes.set_xticks(places)
+            axes.set_xlabel("Report, oldest first", color=MUTED)
+            spoken = ", ".join(summary.number(value) for value in values)
+            plots.append(Plot(title, f"{title}, oldest first: {spoken}.", _svg(figure)))
+    return plots
+
+
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     """Return the indices of points (cost, worth) that no other beats in both, in input order."""
     return [

@@ -1,31 +1,39 @@
-"""The report for people: Markdown, one HTML page, a table for the terminal."""
+"""The report for people and their tools: Markdown, CSV, one HTML page, a table for the terminal."""
 
+import csv
+import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks import summary
-from benchmarks.report import BenchmarkReport
+from benchmarks.report import BenchmarkReport, Interval, VariantReport
 from benchmarks.summary import Table
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 
-def write_report(report: BenchmarkReport, directory: Path) -> None:
-    """Write report.json, report.md and report.html into an existing directory."""
+def write_report(
+    report: BenchmarkReport, directory: Path, earlier: Sequence[BenchmarkReport] = ()
+) -> None:
+    """Write report.json, .md, .csv and .html into an existing directory; `earlier` ones draw a trend."""
     files = {
         "report.json": json.dumps(report.to_json(), ensure_ascii=False, allow_nan=False) + "\n",
         "report.md": render_markdown(report),
-        "report.html": render_html(report),
+        "report.csv": render_csv(report),
+        "report.html": render_html(report, earlier),
     }
     for name, content in files.items():
         (Path(directory) / name).write_text(content, encoding="utf-8")
 
 
-def render_html(report: BenchmarkReport) -> str:
-    """Return the report as one page that loads nothing from anywhere."""
+def render_html(report: BenchmarkReport, earlier: Sequence[BenchmarkReport] = ()) -> str:
+    """Return the report as one page that loads nothing from anywhere.
+
+    Where there are `earlier` reports, it shows how the variants of this one have changed.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -52,6 +60,8 @@ def render_html(report: BenchmarkReport) -> str:
         latency=plots.latency_plots(report),
         resources=plots.resource_plots(report),
         training=plots.training_plots(report),
+        trends=plots.trend_plots([*earlier, report]),
+        history=summary.history_table([*earlier, report]),
         scatters={name: plot for name, plot in scatters.items() if plot is not None},
         lineages=[(v.name, summary.lineage_chain(v)) for v in report.variants],
         environment=summary.environment_rows(report),
@@ -93,6 +103,43 @@ def render_markdown(report: BenchmarkReport) -> str:
     if report.command:
         parts.append(f"Repeat it:\n\n    {' '.join(report.command.split())}")
     return "\n\n".join(parts) + "\n"
+
+
+def render_csv(report: BenchmarkReport) -> str:
+    """Return every figure as a line: whose, what, at which workload, its interval and its unit."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(("variant", "quantity", "workload", "value", "low", "high", "unit"))
+    for variant in report.variants:
+        for quantity, workload, value, interval, unit in _figures(variant):
+            if value is not None:
+                writer.writerow((variant.name, quantity, workload, value, *interval, unit))
+    return file.getvalue()
+
+
+_NO_INTERVAL = ("", "")
+_Figure = tuple[str, str, float | None, Interval | tuple[str, str], str]
+
+
+def _figures(variant: VariantReport) -> Iterator[_Figure]:
+    """Yield (quantity, workload, value, interval, unit) of all that was measured of a variant."""
+    yield "size", "", variant.size_bytes, _NO_INTERVAL, "bytes"
+    yield "peak memory", "", variant.peak_memory_bytes, _NO_INTERVAL, "bytes"
+    yield "load time", "", variant.load_seconds, _NO_INTERVAL, "s"
+    for x in variant.latency:
+        at = x.workload
+        yield "median", at, x.median, x.interval, "s"
+        yield "p95", at, x.p95, _NO_INTERVAL, "s"
+        yield "p99", at, x.p99, _NO_INTERVAL, "s"
+        yield "throughput", at, x.examples_per_second, _NO_INTERVAL, "examples/s"
+        yield "throughput", at, x.tokens_per_second, _NO_INTERVAL, "tokens/s"
+        if x.speedup is not None:
+            yield "speed-up", at, x.speedup.value, x.speedup.interval, "×"
+        yield "agreement", at, x.agreement, _NO_INTERVAL, "cosine"
+    for quality in variant.quality:
+        yield quality.metric, "", quality.value, _NO_INTERVAL, quality.unit
+        interval = quality.interval or _NO_INTERVAL
+        yield f"{quality.metric}, difference", "", quality.difference, interval, quality.unit
 
 
 def render_table(report: BenchmarkReport) -> "RichTable":

@@ -1,6 +1,6 @@
 """What the report says in words and tables, before any rendering: shared by all formats."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -319,6 +319,33 @@ def resources_table(report: BenchmarkReport) -> Table:
         "held, its runtime and libraries included."
     )
     return Table("resources", caption, columns, tuple(rows))
+
+
+def history_table(reports: Sequence[BenchmarkReport]) -> Table:
+    """Return one row per report, oldest first: what each variant of the last one was in it.
+
+    Cells are the speed-up at the last report's headline, or its time where a report has no factor.
+    """
+    last = reports[-1]
+    place, metric = headline(last), main_metric(last)
+    rows = []
+    for report in sorted(reports, key=lambda report: report.created):
+        cells = [Cell(report.created[:16].replace("T", " "), report.created)]
+        for variant in last.variants:
+            then = next((v for v in report.variants if v.name == variant.name), None)
+            latency = latency_at(then, place) if then else None
+            quality = quality_of(then, metric) if then else None
+            note = "" if quality is None else score(quality.value)
+            if latency is None:
+                cells.append(Cell(NONE, None, note))
+            elif latency.speedup is None:
+                cells.append(Cell(f"{number(1e3 * latency.median)} ms", latency.median, note))
+            else:
+                cells.append(Cell(times(latency.speedup.value), latency.speedup.value, note))
+        rows.append(tuple(cells))
+    shown = "" if metric is None else f" In parentheses: {metric.replace('_', ' ')}."
+    caption = f"At {place}: how many times faster than the baseline of the same report.{shown}"
+    return Table("history", caption, ("Report", *(v.name for v in last.variants)), tuple(rows))
 
 
 def environment_rows(report: BenchmarkReport) -> list[tuple[str, str]]:

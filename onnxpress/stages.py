@@ -3,7 +3,7 @@
 Each function writes one directory, whole or not at all, and returns a JSON-able summary.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -176,6 +176,7 @@ class ReportChoice:
     title: str | None = None
     command: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
+    earlier: tuple[Path, ...] = ()  # reports made before, for the trend
 
 
 def distill_model(
@@ -366,15 +367,34 @@ def export_model(
     }
 
 
+def redraw_reports(files: Sequence[Path], title: str | None, out: Path, run: Run) -> dict[str, Any]:
+    """Draw the newest of finished reports again, with the others as its past; measure nothing."""
+    from benchmarks.render import write_report
+    from benchmarks.report import read_report
+    from compress.files import staged_directory
+
+    *earlier, last = sorted(map(read_report, files), key=lambda report: report.created)
+    if title is not None:
+        last = replace(last, title=title)
+    with staged_directory(out, run.overwrite) as staging:
+        write_report(last, staging, earlier)
+    return {"stage": "report", "path": str(out)}
+
+
 def report_bundles(choice: ReportChoice, out: Path, run: Run) -> dict[str, Any]:
-    """Measure bundles against a baseline and write report.json, report.md and report.html."""
+    """Measure bundles against a baseline and write report.json, .md, .csv and .html.
+
+    Reports made before, which `choice` may name, are drawn beside what is measured now.
+    """
     from benchmarks.config import BenchmarkConfig
     from benchmarks.measure import benchmark
     from benchmarks.render import write_report
+    from benchmarks.report import read_report
     from benchmarks.worker import Variant
     from compress.files import staged_directory
 
     config: BenchmarkConfig = BenchmarkConfig.from_json({**choice.config, "seed": run.seed})
+    earlier = [read_report(path) for path in choice.earlier]
     variants = [Variant(name, path, "onnx") for name, path in choice.bundles]
     if choice.baseline is not None:
         variants.insert(0, Variant("PyTorch", choice.baseline, "pytorch"))
@@ -388,5 +408,5 @@ def report_bundles(choice: ReportChoice, out: Path, run: Run) -> dict[str, Any]:
                 command=choice.command,
                 progress=lambda what, done, total: advance(what, done, total),
             )
-        write_report(report, staging)
+        write_report(report, staging, earlier)
     return {"stage": "report", "path": str(out)}

@@ -1,11 +1,13 @@
-"""`benchmark report`."""
+"""`benchmark report` and `benchmark compare`."""
 
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
+from calib_data.errors import ConfigError
 from onnxpress.cli.options import (
     Group,
     Output,
@@ -14,13 +16,13 @@ from onnxpress.cli.options import (
     out_option,
     provider_option,
 )
-from onnxpress.stages import ReportChoice, Run, report_bundles
+from onnxpress.stages import ReportChoice, Run, redraw_reports, report_bundles
 from onnxpress.target import parse_shapes
 
 
 @click.group(cls=Group)
 def benchmark_group() -> None:
-    """Measure finished graphs."""
+    """Measure finished graphs, and compare what was measured."""
 
 
 @benchmark_group.command("report")
@@ -55,8 +57,18 @@ def report_command(
 ) -> None:
     """Compare BUNDLEs, and a PyTorch baseline, in latency, size and quality.
 
-    A BUNDLE is a directory, or name=directory to say what the report calls it.
+    A BUNDLE is a directory, or name=directory to say what the report calls it. A report.json made before
+    adds to the trend; of those alone, the newest is drawn again and nothing is measured.
     """
+    past = tuple(Path(text) for text in bundles if text.endswith(".json"))
+    if len(past) == len(bundles):
+        if baseline or evaluation:
+            raise ConfigError(
+                "a finished report has its baseline and data; name a BUNDLE to measure"
+            )
+        redraw_reports(past, title, out, run)
+        show_report(out, output)
+        return
     settings = {
         "shapes": parse_shapes(shapes),
         "rounds": rounds,
@@ -68,7 +80,8 @@ def report_command(
         "metrics": metrics,
     }
     choice = ReportChoice(
-        bundles=tuple(_named(text) for text in bundles),
+        bundles=tuple(_named(text) for text in bundles if not text.endswith(".json")),
+        earlier=past,
         baseline=baseline,
         title=title,
         command=shlex.join(["onnxpress", "benchmark", "report", *_arguments()]),
@@ -76,6 +89,47 @@ def report_command(
     )
     report_bundles(choice, out, run)
     show_report(out, output)
+
+
+@benchmark_group.command("compare")
+@click.argument("old", type=click.Path(path_type=Path))
+@click.argument("new", type=click.Path(path_type=Path))
+@click.option(
+    "--fail-on", multiple=True, default=("5%",), show_default=True, metavar="[KIND=]SHARE",
+    help="By how much a figure may become worse; KIND is latency, size, memory or quality.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
+def compare_command(old: Path, new: Path, fail_on: tuple[str, ...], as_json: bool) -> None:
+    """Tell what became faster, slower, larger or worse from report.json OLD to NEW.
+
+    Exit code 7 where a figure is worse by more than its threshold and by more than its noise, or a
+    variant is missing or fails.
+    """
+    import json
+
+    from benchmarks.compare import RegressionError, compare, parse_thresholds
+    from benchmarks.report import read_report
+
+    thresholds = parse_thresholds(fail_on)
+    found = compare(read_report(old), read_report(new), thresholds)
+    click.echo(json.dumps(found.to_json(), indent=2) if as_json else comparison_text(found))
+    if found.regressions:
+        others = len(found.regressions) - 1
+        more = f", and {others} more" if others else ""
+        raise RegressionError(f"{found.regressions[0]}{more}; raise --fail-on if that is accepted")
+
+
+def comparison_text(found: Any) -> str:
+    """Return a comparison as lines, the figures of a variant together, what failed marked."""
+    from benchmarks.compare import describe
+
+    lines = []
+    for change in found.changes:
+        mark = "!" if change.regression else " "
+        lines.append(f"{mark} {change.variant}: {describe(change)}")
+    lines += [f"! {line}" for line in found.missing]
+    lines += [f"  {note}" for note in found.notes]
+    return "\n".join(lines)
 
 
 def show_report(directory: Path, output: Output) -> None:

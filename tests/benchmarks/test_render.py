@@ -1,3 +1,5 @@
+import csv
+import io
 import json
 import re
 from dataclasses import replace
@@ -7,7 +9,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks.render import render_html, render_markdown, render_table, write_report
+from benchmarks.render import (
+    render_csv,
+    render_html,
+    render_markdown,
+    render_table,
+    write_report,
+)
 from benchmarks.report import BenchmarkReport, read_report
 from tests.benchmarks.reports import make_report
 
@@ -40,11 +48,24 @@ class Page(HTMLParser):
                 self.ids.append(value or "")
 
 
-def test_write_report_makes_three_files_that_agree(tmp_path: Path) -> None:
+def test_write_report_makes_files_that_agree(tmp_path: Path) -> None:
     report = make_report()
     write_report(report, tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json", "report.md"]
+    made = sorted(p.name for p in tmp_path.iterdir())
+    assert made == ["report.csv", "report.html", "report.json", "report.md"]
     assert read_report(tmp_path / "report.json") == report
+
+
+def test_every_figure_is_a_line_of_the_csv() -> None:
+    rows = list(csv.DictReader(io.StringIO(render_csv(renamed('a "name", with commas')))))
+    named = [row for row in rows if row["variant"] == 'a "name", with commas']
+    median = next(r for r in named if r["quantity"] == "median" and r["workload"] == "8 × 128")
+    assert 0.032 < float(median["low"]) < float(median["value"]) < float(median["high"]) < 0.033
+    assert median["unit"] == "s"
+    assert {"size", "speed-up", "spearman", "spearman, difference"} <= {
+        r["quantity"] for r in named
+    }
+    assert [row["quantity"] for row in rows if row["variant"] == "broken"] == ["size"]
 
 
 def test_markdown_has_the_figures() -> None:
