@@ -99,6 +99,11 @@ def benchmark(
         variant.name: find_runtime(variant.runtime).describe(variant.model) for variant in variants
     }
     first = sources[baseline]
+    if first.signature is None:
+        raise ConfigError(
+            f"{baseline} does not say what its inputs mean; compare it with a bundle or a model, by "
+            "--baseline"
+        )
     workloads = make_workloads(first.signature, config)
     evaluation = _Evaluation.open(config, first) if config.eval else None
     steps = len(variants) * (1 + len(workloads) * (config.rounds + 1))

@@ -8,6 +8,7 @@ import importlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ class Source:
     """What is known of a variant before it runs."""
 
     task: str
-    signature: Any  # compress.signature.Signature
+    signature: Any  # compress.signature.Signature; None for a graph of another tool's
     processor: Any
     max_length: int | None
     lineage: tuple[Mapping[str, Any], ...]
@@ -84,7 +85,7 @@ def _describe_checkpoint(model: str) -> Source:
     )
 
 
-def _open_checkpoint(model: str, provider: str, threads: int) -> Loaded:
+def _open_checkpoint(model: str, provider: str, threads: int, compiled: bool = False) -> Loaded:
     import torch
 
     torch.set_num_threads(threads)
@@ -98,18 +99,22 @@ def _open_checkpoint(model: str, provider: str, threads: int) -> Loaded:
             raise ProviderError("PyTorch finds no CUDA device; use --provider cpu")
         device = "cuda"
         checkpoint.module.to(device)
+    if compiled:  # at the first call of each kind of input: warming up takes minutes
+        checkpoint.module.compile()
     return Loaded(
         # copied: PyTorch warns of arrays that it may not write to
         prepare=lambda batch: {k: torch.from_numpy(v.copy()).to(device) for k, v in batch.items()},
         run=checkpoint.predict,
         collect=lambda outputs: outputs,
-        providers=(f"torch:{device}",),
+        providers=(f"torch:{device}{', compiled' if compiled else ''}",),
     )
 
 
-def _describe_bundle(model: str) -> Source:
+def _describe_graph(model: str) -> Source:
     from export.bundle import open_bundle
 
+    if Path(model).is_file():
+        return _describe_foreign(Path(model))
     bundle = open_bundle(model)
     bundle.verify()
     graph = bundle.graph
@@ -125,6 +130,23 @@ def _describe_bundle(model: str) -> Source:
         sha256={name: file.sha256 for name, file in graph.files.items()},
         output=graph.output,
         labels=_labels(settings.get("id2label")),
+    )
+
+
+def _describe_foreign(path: Path) -> Source:
+    """Return what a graph by another tool tells of itself, which is little."""
+    from compress.files import sha256_file
+    from export.bundle import external_files, read_graph
+
+    files = (path, *external_files(read_graph(path), path))
+    return Source(
+        task="",
+        signature=None,
+        processor=None,
+        max_length=None,
+        lineage=({"stage": "foreign", "model": path.name},),
+        size_bytes=sum(file.stat().st_size for file in files),
+        sha256={file.name: sha256_file(file) for file in files},
     )
 
 
@@ -159,5 +181,6 @@ def _labels(names: Mapping[Any, str] | None) -> tuple[str, ...]:
 
 RUNTIMES: dict[str, Runtime] = {
     "pytorch": Runtime(_describe_checkpoint, _open_checkpoint),
-    "onnx": Runtime(_describe_bundle, _open_graph),
+    "compiled": Runtime(_describe_checkpoint, partial(_open_checkpoint, compiled=True)),
+    "onnx": Runtime(_describe_graph, _open_graph),
 }

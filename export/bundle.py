@@ -244,5 +244,15 @@ def read_graph(path: Path) -> ir.Model:
     return model
 
 
+def external_files(model: ir.Model, path: Path) -> list[Path]:
+    """Return the files beside `path` that hold the graph's weights, each once."""
+    found: dict[Path, None] = {}
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                found[inside(path.parent, str(value.const_value.location))] = None
+    return list(found)
+
+
 def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__

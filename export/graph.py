@@ -5,7 +5,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,27 @@ def build_graph(checkpoint: Checkpoint, config: ExportConfig) -> ir.Model:
     """
     if checkpoint.quantization:
         check_target(checkpoint.quantization["scheme"], config.target)
+    model = _traced(checkpoint, config.opset, translations(config.target))
+    for apply_pass_ in PASSES[config.target]:
+        apply_pass_(model)
+    branch_on_cache_(model)
+    _alias_(model, "token_embeddings", "last_hidden_state")
+    _tidy_(model, checkpoint.signature)
+    return model
+
+
+def plain_graph(checkpoint: Checkpoint, opset: int = 18) -> ir.Model:
+    """Return what PyTorch's exporter makes of the checkpoint by itself, to compare with `build_graph`.
+
+    Raises `ExportError` as that does.
+    """
+    return _traced(checkpoint, opset, {})
+
+
+def _traced(
+    checkpoint: Checkpoint, opset: int, translated: Mapping[Any, Callable[..., Any]]
+) -> ir.Model:
+    """Return the checkpoint as PyTorch exports it, its operators replaced as `translated` says."""
     signature = checkpoint.signature
     sample = signature.sample(
         batch=2,
@@ -89,11 +110,11 @@ def build_graph(checkpoint: Checkpoint, config: ExportConfig) -> ir.Model:
                 module,
                 tuple(sample[name] for name in signature.names),
                 dynamo=True,
-                opset_version=config.opset,
+                opset_version=opset,
                 input_names=list(signature.names),
                 output_names=list(signature.outputs),
                 dynamic_shapes=(axes,),
-                custom_translation_table=translations(config.target),
+                custom_translation_table=dict(translated),
                 verbose=False,
             )
     except Exception as error:  # torch.export and the translator raise many unrelated types
@@ -101,11 +122,6 @@ def build_graph(checkpoint: Checkpoint, config: ExportConfig) -> ir.Model:
             f"{type(checkpoint.backbone).__name__} cannot be exported: {reason(checkpoint, error)}"
         ) from error
     model: ir.Model = program.model
-    for apply_pass_ in PASSES[config.target]:
-        apply_pass_(model)
-    branch_on_cache_(model)
-    _alias_(model, "token_embeddings", "last_hidden_state")
-    _tidy_(model, signature)
     return model
 
 

@@ -3,6 +3,7 @@
 Each function writes one directory, whole or not at all, and returns a JSON-able summary.
 """
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from onnxpress.quantization import QuantizeChoice, calibration_state, quantize_w
 from onnxpress.training import TrainingChoice, told
 
 if TYPE_CHECKING:
+    from benchmarks.worker import Variant
     from calib_data.batches import Batches, Objective
     from calib_data.sources import Examples
     from compress.checkpoint import Checkpoint
@@ -167,12 +169,16 @@ class StartChoice:
         return with_head(source, task, classes, seed, self.new_head)
 
 
+ALSO = ("compiled", "plain")  # by torch.compile; as PyTorch's exporter writes it
+
+
 @dataclass(frozen=True)
 class ReportChoice:
     """What a report compares."""
 
     bundles: tuple[tuple[str, str], ...]  # (name, path)
     baseline: str | None = None  # a model, measured in PyTorch
+    also: tuple[str, ...] = ()  # of the baseline: ALSO
     title: str | None = None
     command: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
@@ -381,6 +387,23 @@ def redraw_reports(files: Sequence[Path], title: str | None, out: Path, run: Run
     return {"stage": "report", "path": str(out)}
 
 
+def _baselines(model: str, also: Sequence[str], folder: Path) -> "Iterator[Variant]":
+    """Yield the forms of a model that others are compared with; graphs are written into `folder`."""
+    import onnx_ir as ir
+
+    from benchmarks.worker import Variant
+    from compress.loading import open_checkpoint
+    from export.graph import plain_graph
+
+    yield Variant("PyTorch", model, "pytorch")
+    if "compiled" in also:
+        yield Variant("PyTorch, compiled", model, "compiled")
+    if "plain" in also:
+        path = folder / "plain.onnx"
+        ir.save(plain_graph(open_checkpoint(model)), path, external_data="plain.onnx.data")
+        yield Variant("plain ONNX", str(path), "onnx")
+
+
 def report_bundles(choice: ReportChoice, out: Path, run: Run) -> dict[str, Any]:
     """Measure bundles against a baseline and write report.json, .md, .csv and .html.
 
@@ -395,10 +418,12 @@ def report_bundles(choice: ReportChoice, out: Path, run: Run) -> dict[str, Any]:
 
     config: BenchmarkConfig = BenchmarkConfig.from_json({**choice.config, "seed": run.seed})
     earlier = [read_report(path) for path in choice.earlier]
+    if choice.also and choice.baseline is None:
+        raise ConfigError(f"--also {choice.also[0]} is of a --baseline; name one")
     variants = [Variant(name, path, "onnx") for name, path in choice.bundles]
-    if choice.baseline is not None:
-        variants.insert(0, Variant("PyTorch", choice.baseline, "pytorch"))
-    with staged_directory(out, run.overwrite) as staging:
+    with staged_directory(out, run.overwrite) as staging, tempfile.TemporaryDirectory() as folder:
+        if choice.baseline is not None:
+            variants = [*_baselines(choice.baseline, choice.also, Path(folder)), *variants]
         with run.progress("benchmark", None) as advance:
             report = benchmark(
                 variants,

@@ -16,7 +16,7 @@ from onnxpress.cli.options import (
     out_option,
     provider_option,
 )
-from onnxpress.stages import ReportChoice, Run, redraw_reports, report_bundles
+from onnxpress.stages import ALSO, ReportChoice, Run, redraw_reports, report_bundles
 from onnxpress.target import parse_shapes
 
 
@@ -28,6 +28,10 @@ def benchmark_group() -> None:
 @benchmark_group.command("report")
 @click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...")
 @click.option("--baseline", help="A model to compare with, measured in PyTorch.")
+@click.option(
+    "--also", multiple=True, type=click.Choice(ALSO),
+    help="The baseline by torch.compile as well, or as PyTorch's exporter writes it.",
+)  # fmt: skip
 @click.option("--eval", "evaluation", help="Data to measure quality on.")
 @columns_option
 @click.option("--limit", type=int, help="Use at most this many examples of the data.")
@@ -42,6 +46,7 @@ def benchmark_group() -> None:
 def report_command(
     bundles: tuple[str, ...],
     baseline: str | None,
+    also: tuple[str, ...],
     evaluation: str | None,
     columns: str | None,
     limit: int | None,
@@ -57,8 +62,9 @@ def report_command(
 ) -> None:
     """Compare BUNDLEs, and a PyTorch baseline, in latency, size and quality.
 
-    A BUNDLE is a directory, or name=directory to say what the report calls it. A report.json made before
-    adds to the trend; of those alone, the newest is drawn again and nothing is measured.
+    A BUNDLE is a directory, or an .onnx file by any tool, or name=BUNDLE to say what the report calls
+    it. A report.json made before adds to the trend; of those alone, the newest is drawn again and
+    nothing is measured.
     """
     past = tuple(Path(text) for text in bundles if text.endswith(".json"))
     if len(past) == len(bundles):
@@ -83,6 +89,7 @@ def report_command(
         bundles=tuple(_named(text) for text in bundles if not text.endswith(".json")),
         earlier=past,
         baseline=baseline,
+        also=also,
         title=title,
         command=shlex.join(["onnxpress", "benchmark", "report", *_arguments()]),
         config=settings,

@@ -1,3 +1,5 @@
+import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -5,13 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from onnx import TensorProto, helper, save
 
 from benchmarks.config import BenchmarkConfig
 from benchmarks.measure import benchmark
 from benchmarks.runtimes import RUNTIMES
 from benchmarks.worker import Variant
-from calib_data.errors import ModelError
+from calib_data.errors import ConfigError, ModelError
+from onnxpress.cli import onnxpress_group
 from tests.tiny import tiny_checkpoint, write, write_sentence_encoder
 
 
@@ -159,3 +163,60 @@ def test_a_graph_that_was_changed_is_not_measured(tmp_path: Path) -> None:
     bundle.graph.path.write_bytes(bundle.graph.path.read_bytes()[:-1] + b"x")
     with pytest.raises(ModelError, match="changed after its export"):
         RUNTIMES["onnx"].describe(str(tmp_path))
+
+
+def test_a_graph_of_another_tool_is_weighed_with_its_data(tmp_path: Path) -> None:
+    import onnx
+
+    path = write_graph(tmp_path) / "model.onnx"
+    alone = RUNTIMES["onnx"].describe(str(path))
+    assert (alone.signature, alone.task, alone.size_bytes) == (None, "", path.stat().st_size)
+    weight = onnx.numpy_helper.from_array(np.ones((3, 3), np.float32), "w")
+    model = onnx.load(path)
+    model.graph.initializer.append(weight)
+    onnx.save(model, path, save_as_external_data=True, location="w.bin", size_threshold=0)
+    found = RUNTIMES["onnx"].describe(str(path))
+    assert set(found.sha256) == {"model.onnx", "w.bin"}
+    assert found.size_bytes == path.stat().st_size + 36
+    outside = onnx.load(path, load_external_data=False)
+    outside.graph.initializer[0].external_data[0].value = "../w.bin"
+    path.write_bytes(outside.SerializeToString())
+    with pytest.raises(ModelError):
+        RUNTIMES["onnx"].describe(str(path))
+
+
+def test_a_graph_of_another_tool_is_no_baseline(tmp_path: Path) -> None:
+    path = write_graph(tmp_path) / "model.onnx"
+    with pytest.raises(ConfigError, match="does not say what its inputs mean"):
+        benchmark([Variant("foreign", str(path))])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler: g++")
+def test_a_compiled_model_and_a_plain_graph_stand_beside_the_others(tmp_path: Path) -> None:
+    write_sentence_encoder(tmp_path / "model")
+    line = [
+        "benchmark",
+        "report",
+        f"ours={tmp_path / 'model'}/../plain/model.onnx",
+        "--rounds",
+        "6",
+    ]
+    (tmp_path / "plain").mkdir()
+    import onnx_ir as ir
+
+    from compress.loading import open_checkpoint
+    from export.graph import plain_graph
+
+    graph = plain_graph(open_checkpoint(str(tmp_path / "model")))
+    assert {n.domain for n in graph.graph} <= {"", "pkg.onnxscript.torch_lib"}
+    ir.save(graph, tmp_path / "plain" / "model.onnx")
+    line += ["--baseline", str(tmp_path / "model"), "--also", "compiled", "--also", "plain"]
+    line += ["--shapes", "2x8", "--json", "-o", str(tmp_path / "out")]
+    done = CliRunner().invoke(onnxpress_group, line)
+    assert done.exit_code == 0, done.output
+    variants = {v["name"]: v for v in json.loads(done.stdout)["variants"]}
+    assert list(variants) == ["PyTorch", "PyTorch, compiled", "plain ONNX", "ours"]
+    assert variants["PyTorch, compiled"]["providers"] == ["torch:cpu, compiled"]
+    for name in ("PyTorch, compiled", "plain ONNX", "ours"):
+        assert variants[name]["status"] == "ok", variants[name]["reason"]
+        assert variants[name]["latency"][0]["agreement"] > 0.999
