@@ -55,7 +55,7 @@ def test_peak_memory_is_a_high_water_mark() -> None:
 
 def test_an_unknown_runtime_is_named() -> None:
     for name in ("tensorflow", "os:nothing"):
-        with pytest.raises(ConfigError, match=f"{name}.*pytorch, onnx"):
+        with pytest.raises(ConfigError, match=f"{name}.*pytorch, compiled, onnx"):
             find_runtime(name)
 
 
