@@ -36,7 +36,7 @@ class Comparison:
     """What changed from one report to another."""
 
     changes: tuple[Change, ...]
-    missing: tuple[str, ...]  # why variants of the old report have no figures in the new one
+    missing: tuple[str, ...]  # what the old report measured and the new one does not
     notes: tuple[str, ...]  # what was not compared, and why
 
     @property
@@ -77,6 +77,7 @@ def compare(
             why = "is missing" if after is None else f"fails: {after.reason}"
             missing.append(f"{before.name} {why}")
             continue
+        missing += _gone(before, after)
         for change in _changes(before, after, old.baseline == new.baseline, same_machine):
             above = change.worse > thresholds[change.kind]
             certain = change.interval is None or change.interval[0] > 0
@@ -139,6 +140,13 @@ def _conditions(report: BenchmarkReport) -> tuple[str, int, str, str | None]:
 
 def _has_ratios(before: VariantReport, after: VariantReport, same_baseline: bool) -> bool:
     return same_baseline and all(x.speedup for v in (before, after) for x in v.latency)
+
+
+def _gone(before: VariantReport, after: VariantReport) -> list[str]:
+    """Return which times and metrics of a variant are no longer measured: silence is no good news."""
+    now = {x.workload for x in after.latency} | {x.metric for x in after.quality}
+    was = [x.workload for x in before.latency] + [x.metric for x in before.quality]
+    return [f"{before.name} has no {name} any more" for name in was if name not in now]
 
 
 def _changes(

@@ -151,14 +151,13 @@ def training_plots(report: BenchmarkReport) -> list[Plot]:
 
 
 def trend_plots(reports: Sequence[BenchmarkReport]) -> list[Plot]:
-    """Return a curve per variant of the last report: its speed-up, or its time, report by report."""
-    ordered = sorted(reports, key=lambda report: report.created)
+    """Return a curve per variant of the last report: its speed-up, or its time, oldest first."""
     place = summary.headline(reports[-1])
     plots = []
     for variant in reports[-1].variants:
         found = []
-        for report in ordered:
-            then = next((v for v in report.variants if v.name == variant.name), None)
+        for report in reports:
+            then = report.find(variant.name)
             latency = summary.latency_at(then, place) if then else None
             if latency is not None:
                 found.append(latency)

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 def write_report(
     report: BenchmarkReport, directory: Path, earlier: Sequence[BenchmarkReport] = ()
 ) -> None:
-    """Write report.json, .md, .csv and .html into an existing directory; `earlier` ones draw a trend."""
+    """Write report.json, .md, .csv and .html into an existing directory.
+
+    `earlier` reports, oldest first, draw a trend.
+    """
     files = {
         "report.json": json.dumps(report.to_json(), ensure_ascii=False, allow_nan=False) + "\n",
         "report.md": render_markdown(report),
@@ -32,7 +35,7 @@ def write_report(
 def render_html(report: BenchmarkReport, earlier: Sequence[BenchmarkReport] = ()) -> str:
     """Return the report as one page that loads nothing from anywhere.
 
-    Where there are `earlier` reports, it shows how the variants of this one have changed.
+    Where there are `earlier` reports, oldest first, it shows how this one's variants have changed.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup

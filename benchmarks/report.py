@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
@@ -153,8 +153,12 @@ class BenchmarkReport:
         return report
 
     def variant(self, name: str) -> VariantReport:
-        """Return the variant called `name`."""
+        """Return the variant called `name`, which there is."""
         return next(variant for variant in self.variants if variant.name == name)
+
+    def find(self, name: str) -> VariantReport | None:
+        """Return the variant called `name`, or None."""
+        return next((variant for variant in self.variants if variant.name == name), None)
 
 
 def read_report(path: Path) -> BenchmarkReport:
@@ -164,6 +168,11 @@ def read_report(path: Path) -> BenchmarkReport:
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as JSON: {error}; name a report.json") from error
     return BenchmarkReport.from_json(values)
+
+
+def read_reports(paths: Iterable[Path]) -> list[BenchmarkReport]:
+    """Return the reports in JSON files, oldest first."""
+    return sorted(map(read_report, paths), key=lambda report: report.created)
 
 
 def _parse(hint: Any, value: Any, where: str) -> Any:

@@ -322,17 +322,17 @@ def resources_table(report: BenchmarkReport) -> Table:
 
 
 def history_table(reports: Sequence[BenchmarkReport]) -> Table:
-    """Return one row per report, oldest first: what each variant of the last one was in it.
+    """Return one row per report, in their order: what each variant of the last one was in it.
 
     Cells are the speed-up at the last report's headline, or its time where a report has no factor.
     """
     last = reports[-1]
     place, metric = headline(last), main_metric(last)
     rows = []
-    for report in sorted(reports, key=lambda report: report.created):
+    for report in reports:
         cells = [Cell(report.created[:16].replace("T", " "), report.created)]
         for variant in last.variants:
-            then = next((v for v in report.variants if v.name == variant.name), None)
+            then = report.find(variant.name)
             latency = latency_at(then, place) if then else None
             quality = quality_of(then, metric) if then else None
             note = "" if quality is None else score(quality.value)

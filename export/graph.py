@@ -121,8 +121,8 @@ def _traced(
         raise ExportError(
             f"{type(checkpoint.backbone).__name__} cannot be exported: {reason(checkpoint, error)}"
         ) from error
-    model: ir.Model = program.model
-    return model
+    traced: ir.Model = program.model
+    return traced
 
 
 def _traced_length(signature: Signature) -> int:

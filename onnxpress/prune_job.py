@@ -78,7 +78,7 @@ class PruneJob:
         self._cut_vocabulary(done)
         return done
 
-    def plan(self, done: Progressed) -> "Planned":
+    def plan(self, done: Progressed) -> Planned:
         """Return the plan of the next round."""
         from compress.prune import fitted_to, kept_channels, plan_by_shares, study
 

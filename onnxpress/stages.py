@@ -376,10 +376,10 @@ def export_model(
 def redraw_reports(files: Sequence[Path], title: str | None, out: Path, run: Run) -> dict[str, Any]:
     """Draw the newest of finished reports again, with the others as its past; measure nothing."""
     from benchmarks.render import write_report
-    from benchmarks.report import read_report
+    from benchmarks.report import read_reports
     from compress.files import staged_directory
 
-    *earlier, last = sorted(map(read_report, files), key=lambda report: report.created)
+    *earlier, last = read_reports(files)
     if title is not None:
         last = replace(last, title=title)
     with staged_directory(out, run.overwrite) as staging:
@@ -412,12 +412,12 @@ def report_bundles(choice: ReportChoice, out: Path, run: Run) -> dict[str, Any]:
     from benchmarks.config import BenchmarkConfig
     from benchmarks.measure import benchmark
     from benchmarks.render import write_report
-    from benchmarks.report import read_report
+    from benchmarks.report import read_reports
     from benchmarks.worker import Variant
     from compress.files import staged_directory
 
     config: BenchmarkConfig = BenchmarkConfig.from_json({**choice.config, "seed": run.seed})
-    earlier = [read_report(path) for path in choice.earlier]
+    earlier = read_reports(choice.earlier)
     if choice.also and choice.baseline is None:
         raise ConfigError(f"--also {choice.also[0]} is of a --baseline; name one")
     variants = [Variant(name, path, "onnx") for name, path in choice.bundles]

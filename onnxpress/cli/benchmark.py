@@ -3,7 +3,7 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,6 +18,9 @@ from onnxpress.cli.options import (
 )
 from onnxpress.stages import ALSO, ReportChoice, Run, redraw_reports, report_bundles
 from onnxpress.target import parse_shapes
+
+if TYPE_CHECKING:
+    from benchmarks.compare import Comparison
 
 
 @click.group(cls=Group)
@@ -68,7 +71,7 @@ def report_command(
     """
     past = tuple(Path(text) for text in bundles if text.endswith(".json"))
     if len(past) == len(bundles):
-        if baseline or evaluation:
+        if baseline or also or evaluation or columns or limit or metrics:
             raise ConfigError(
                 "a finished report has its baseline and data; name a BUNDLE to measure"
             )
@@ -110,23 +113,21 @@ def compare_command(old: Path, new: Path, fail_on: tuple[str, ...], as_json: boo
     """Tell what became faster, slower, larger or worse from report.json OLD to NEW.
 
     Exit code 7 where a figure is worse by more than its threshold and by more than its noise, or a
-    variant is missing or fails.
+    variant, a time or a metric is missing, or a variant fails.
     """
-    import json
-
     from benchmarks.compare import RegressionError, compare, parse_thresholds
     from benchmarks.report import read_report
 
     thresholds = parse_thresholds(fail_on)
     found = compare(read_report(old), read_report(new), thresholds)
-    click.echo(json.dumps(found.to_json(), indent=2) if as_json else comparison_text(found))
+    Output(as_json).show(found.to_json(), lambda _: comparison_text(found))
     if found.regressions:
         others = len(found.regressions) - 1
         more = f", and {others} more" if others else ""
         raise RegressionError(f"{found.regressions[0]}{more}; raise --fail-on if that is accepted")
 
 
-def comparison_text(found: Any) -> str:
+def comparison_text(found: "Comparison") -> str:
     """Return a comparison as lines, the figures of a variant together, what failed marked."""
     from benchmarks.compare import describe
 

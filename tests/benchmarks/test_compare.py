@@ -101,6 +101,15 @@ def test_a_variant_that_fails_or_is_gone_is_a_regression() -> None:
     assert found.regressions == found.missing
 
 
+def test_what_is_no_longer_measured_is_a_regression() -> None:
+    old = make_report()
+    less = replace(old.variant("int8"), quality=[], latency=old.variant("int8").latency[:1])
+    found = compare(old, changed(old, less), FIVE)
+    gone = ("8 × 128", "spearman", "cosine_fidelity")
+    assert found.regressions == tuple(f"int8 has no {name} any more" for name in gone)
+    assert compare(changed(old, less), old, FIVE).regressions == ()  # more is no fault
+
+
 def test_thresholds_by_kind() -> None:
     assert parse_thresholds(["5%"]) == dict.fromkeys(("latency", "size", "memory", "quality"), 0.05)
     some = parse_thresholds(["0.1", "quality=0.5%", "memory=20 %"])

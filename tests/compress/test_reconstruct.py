@@ -5,11 +5,11 @@ import torch
 from torch import Tensor, nn
 
 from calib_data.errors import ConfigError, DataError, ModelError
+from compress.apply_plan import apply_plan
 from compress.blocks import Group, find_groups
 from compress.checkpoint import Checkpoint, weights_sha256
 from compress.moments import Moment, moments
 from compress.plan import PrunePlan
-from compress.prune import apply_plan
 from compress.reconstruct import reconstruct_
 from tests.compress.test_prune import random_plan
 from tests.tiny import FAMILIES, SampledBatches, tiny_checkpoint

@@ -3,11 +3,11 @@ from typing import Any
 import pytest
 import torch
 
+from compress.apply_plan import apply_plan
 from compress.blocks import find_groups
 from compress.criteria import unit_importance
 from compress.moments import Moment, moments
 from compress.plan import PrunePlan
-from compress.prune import apply_plan
 from compress.reconstruct import reconstruct_
 from compress.redundancy import stand_in_costs
 from tests.tiny import FAMILIES, SampledBatches, tiny_checkpoint
