@@ -165,7 +165,7 @@ def _changes(
             continue
         slower = _slower(old, new, same_baseline, same_machine)
         if slower is not None:
-            yield change("latency", old.workload, old.median, new.median, *slower)
+            yield change("latency", old.workload, old.typical, new.typical, *slower)
     for kind, what, was, now in (
         ("size", "size", before.size_bytes, after.size_bytes),
         ("memory", "peak memory", before.peak_memory_bytes, after.peak_memory_bytes),
@@ -190,7 +190,7 @@ def _slower(
     if not same_machine:
         return None
     (low, high), (later_low, later_high) = old.interval, new.interval
-    return new.median / old.median - 1, (later_low / high - 1, later_high / low - 1)
+    return new.typical / old.typical - 1, (later_low / high - 1, later_high / low - 1)
 
 
 def _worse(old: Quality, new: Quality) -> tuple[float, Interval | None]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.config import usable_cores
+from benchmarks.runtimes import Place
 from benchmarks.statistics import MINIMUM_ROUNDS, percentile, round_ratios, sign_interval
 from benchmarks.worker import Variant, Worker
 from calib_data.errors import OnnxPressError
@@ -49,7 +50,8 @@ def time_graphs(
 ) -> dict[tuple[str, str], list[list[float]]]:
     """Return the seconds of each call by (shape, graph), a list a round; `graphs` are paths by name."""
     times: dict[tuple[str, str], list[list[float]]] = {}
-    opened = [Worker(Variant(name, path, "onnx"), "cpu", threads) for name, path in graphs.items()]
+    variants = [Variant(name, path, "onnx") for name, path in graphs.items()]
+    opened = [Worker(variant, Place("cpu", threads)) for variant in variants]
     try:
         for worker in opened:
             worker.load()
@@ -57,7 +59,7 @@ def time_graphs(
             for _ in range(1 + rounds):  # the first to warm up
                 for worker in opened:
                     key = shape, worker.variant.name
-                    times.setdefault(key, []).append(worker.time(sample, seconds))
+                    times.setdefault(key, []).append(worker.time([sample], seconds))
     finally:
         for worker in opened:
             worker.__exit__()

@@ -53,7 +53,9 @@ def make_models(directory: Path) -> None:
 
 
 def time_half(directory: Path, shapes: str, device: str = "cuda") -> None:
-    """Time the source in PyTorch in fp16, its outputs brought to the host as the report does."""
+    """Time the source in PyTorch in fp16, on the device alone as the report does."""
+    import torch
+
     from compress.loading import open_checkpoint
 
     checkpoint = open_checkpoint(directory / "source")
@@ -67,7 +69,10 @@ def time_half(directory: Path, shapes: str, device: str = "cuda") -> None:
             spent: list[float] = []
             while sum(spent) < seconds:
                 start = time.perf_counter()
-                checkpoint.predict(inputs)
+                with torch.inference_mode():
+                    checkpoint.forward(inputs)
+                if device == "cuda":
+                    torch.cuda.synchronize()
                 spent.append(time.perf_counter() - start)
         medians[f"{batch} × {sequence}"] = statistics.median(spent)
     (directory / "half.json").write_text(json.dumps(medians))
@@ -91,7 +96,7 @@ def _rows(directory: Path) -> Iterator[tuple[str, list[str], dict[str, float]]]:
     """Yield (name, what gate and placement say, seconds by shape) of PyTorch and of every graph."""
     report = directory / "report" / "report.json"
     variants = json.loads(report.read_text())["variants"] if report.is_file() else []
-    timed = {v["name"]: {x["workload"]: x["median"] for x in v["latency"]} for v in variants}
+    timed = {v["name"]: {x["workload"]: x["typical"] for x in v["latency"]} for v in variants}
     half = directory / "half.json"
     timed[EAGER] = json.loads(half.read_text()) if half.is_file() else {}
     for name in ("PyTorch", EAGER):

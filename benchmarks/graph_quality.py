@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.config import usable_cores
+from benchmarks.runtimes import Place
 from benchmarks.worker import Variant, Worker, WorkerError
 from compress.checkpoint import Checkpoint
 
@@ -21,7 +22,7 @@ def spearman_of(graph: Path, checkpoint: Checkpoint, examples: Any) -> float:
     """
     from calib_data.metrics import measure_metric
 
-    with Worker(Variant(graph.stem, str(graph), "onnx"), "cpu", usable_cores()) as worker:
+    with Worker(Variant(graph.stem, str(graph), "onnx"), Place("cpu", usable_cores())) as worker:
         worker.load()
         return measure_metric(
             "spearman",

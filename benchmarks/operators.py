@@ -24,7 +24,7 @@ import onnxruntime as ort
 from benchmarks.config import usable_cores
 from benchmarks.operator_choices import CHOICES, COMPARED, SHARED, Choice, build
 from benchmarks.report import Environment
-from benchmarks.runtimes import Arrays, Loaded, Runtime, Source
+from benchmarks.runtimes import Arrays, Loaded, Place, Runtime, Source
 from benchmarks.statistics import MINIMUM_ROUNDS, percentile, pooled, round_ratios, sign_interval
 from benchmarks.worker import Variant, Worker, WorkerError
 from calib_data.errors import OnnxPressError
@@ -68,10 +68,10 @@ def _no_description(model: str) -> Source:
     raise NotImplementedError("an operator's graph describes no source")
 
 
-def _open(model: str, provider: str, threads: int) -> Loaded:
+def _open(model: str, place: Place) -> Loaded:
     """Open a graph with its buffers bound once, so that a run is the operators and little else."""
-    session = open_session(Path(model), provider, threads)
-    device = "cpu" if provider == "cpu" else provider
+    session = open_session(Path(model), place.provider, place.threads)
+    device = place.device
     notes = session.get_modelmeta().custom_metadata_map
     shared = json.loads(notes[SHARED])
     outputs = [item.name for item in session.get_outputs()]
@@ -131,7 +131,9 @@ def measure(
             path = folder / f"{index}.onnx"
             onnx.save(build(choice, name, choice.shapes[0]).model(), path)
             variant = Variant(name, str(path), "benchmarks.operators:OPERATORS")
-            worker = stack.enter_context(Worker(variant, provider, threads or usable_cores()))
+            worker = stack.enter_context(
+                Worker(variant, Place(provider, threads or usable_cores()))
+            )
             allowed = choice.alternatives[name].error
             subjects[name] = _Subject(worker, allowed, runs_as(path, provider, choice.copies))
             _attempt(subjects[name], worker.load)
@@ -212,11 +214,11 @@ def _time(
 ) -> dict[str, list[list[float]]]:
     """Return the seconds of each call, by alternative and round."""
     for name, subject in subjects.items():
-        _attempt(subject, subject.worker.warm_up, inputs[name], 10 * seconds)
+        _attempt(subject, subject.worker.warm_up, [inputs[name]], 10 * seconds)
     spent: dict[str, list[list[float]]] = {name: [] for name in subjects}
     for _ in range(rounds):
         for name, subject in subjects.items():
-            calls = _attempt(subject, subject.worker.time, inputs[name], seconds)
+            calls = _attempt(subject, subject.worker.time, [inputs[name]], seconds)
             spent[name].append(calls or [])
     return {name: calls for name, calls in spent.items() if subjects[name].failure is None}
 

@@ -51,11 +51,11 @@ def latency_plots(report: BenchmarkReport) -> list[Plot]:
             if x is None:
                 bars.append(_Bar(variant.name, "failed", None))
                 continue
-            text = f"{summary.number(1e3 * x.median)} ms"
+            text = f"{summary.number(1e3 * x.typical)} ms"
             if x.speedup is not None:
                 faster = summary.times(x.speedup.value, 2)
                 text += f" · {faster if x.speedup.different else summary.NO_DIFFERENCE}"
-            bars.append(_Bar(variant.name, text, x.median, x.interval, variant is winner))
+            bars.append(_Bar(variant.name, text, x.typical, x.interval, variant is winner))
         plots.append(_bars(f"{place}", "Median latency at " + place, bars))
     return plots
 
@@ -76,6 +76,25 @@ def resource_plots(report: BenchmarkReport) -> list[Plot]:
     return [panel("Size on disk", sizes), panel("Peak memory", memory)]
 
 
+def load_plots(report: BenchmarkReport) -> list[Plot]:
+    """Return a panel of bars for each number of streams: requests per second answered in time."""
+    winner = summary.best(report)
+    plots = []
+    for streams in summary.load_streams(report):
+        bars = []
+        for variant in report.variants:
+            x = next((x for x in variant.load if x.streams == streams), None)
+            if x is None:
+                bars.append(_Bar(variant.name, "failed", None))
+                continue
+            text = f"{summary.number(x.sustained)} /s"
+            bars.append(_Bar(variant.name, text, x.sustained, x.interval, variant is winner))
+        plots.append(
+            _bars(f"{streams} at once", f"Requests answered in time, {streams} at once", bars)
+        )
+    return plots
+
+
 def quality_plot(report: BenchmarkReport, width: int) -> Plot | None:
     """Return quality against latency with the Pareto front, `width` pixels wide, or None."""
     metric, place = summary.main_metric(report), summary.headline(report)
@@ -87,23 +106,23 @@ def quality_plot(report: BenchmarkReport, width: int) -> Plot | None:
     if len(points) < 2:
         return None
     sign = 1 if points[0][2].higher_is_better else -1
-    front = pareto([(x.median, sign * q.value) for _, x, q in points])
+    front = pareto([(x.typical, sign * q.value) for _, x, q in points])
     better = "higher" if sign > 0 else "lower"
     values = "; ".join(
-        f"{v.name}: {summary.number(1e3 * x.median)} ms, {summary.score(q.value)}"
+        f"{v.name}: {summary.number(1e3 * x.typical)} ms, {summary.score(q.value)}"
         for v, x, q in points
     )
     title = f"{(metric or '').replace('_', ' ')} against latency at {place}".capitalize()
     with _settings(f"{title} {width}"):
         figure, axes = _figure(width, 380)
         axes.set_position((62 / width, 52 / 380, 1 - 82 / width, 1 - 70 / 380))
-        slowest, fastest = (f(x.median for _, x, _ in points) * 1e3 for f in (max, min))
+        slowest, fastest = (f(x.typical for _, x, _ in points) * 1e3 for f in (max, min))
         _scale(axes, fastest, slowest)
-        steps = sorted((points[i][1].median * 1e3, points[i][2].value) for i in front)
+        steps = sorted((points[i][1].typical * 1e3, points[i][2].value) for i in front)
         axes.step(*zip(*steps, strict=True), where="post", color=ACCENT, linewidth=1.5, alpha=0.5)
         for i, (_, x, q) in enumerate(points):
             color = ACCENT if i in front else MUTED
-            center = x.median * 1e3
+            center = x.typical * 1e3
             axes.hlines(
                 q.value, 1e3 * x.interval[0], 1e3 * x.interval[1], color=color, linewidth=1.5
             )
@@ -114,7 +133,7 @@ def quality_plot(report: BenchmarkReport, width: int) -> Plot | None:
                 center, q.value, "o", ms=9, mfc=color if i in front else PAPER, mec=color, mew=2
             )
         axes.margins(y=0.18)
-        _label(figure, axes, [(v.name, x.median * 1e3, q.value) for v, x, q in points])
+        _label(figure, axes, [(v.name, x.typical * 1e3, q.value) for v, x, q in points])
         axes.set_xlabel(f"Median latency at {place}, ms", color=MUTED)
         axes.set_title(
             f"{summary.metric_label(points[0][2])} ({better} is better)",
@@ -150,6 +169,37 @@ def training_plots(report: BenchmarkReport) -> list[Plot]:
     return plots
 
 
+def operator_plot(report: BenchmarkReport, width: int, row: int = 58) -> Plot | None:
+    """Return a bar per variant of what its operators take, the costliest first, or None."""
+    shown = [(v.name, summary.shown_operators(v.operators)) for v in report.variants if v.operators]
+    if not shown:
+        return None
+    longest = max(sum(seconds for _, seconds in parts) for _, parts in shown) or 1.0
+    spoken = []
+    with _settings(f"operators {width}"):
+        figure, axes = _figure(width, row * len(shown))
+        axes.set_position((0, 0, 1, 1))
+        axes.axis("off")
+        axes.set(xlim=(0, width), ylim=(row * len(shown), 0))
+        for i, (name, parts) in enumerate(shown):
+            top, left = i * row + 25, 0.0
+            whole = sum(seconds for _, seconds in parts)
+            axes.text(0, top - 7, name, color=INK)
+            total = f"{summary.number(1e3 * whole)} ms"
+            axes.text(width, top - 7, total, color=MUTED, ha="right")
+            for j, (operator, seconds) in enumerate(parts):
+                part = width * seconds / longest
+                shade = 1 - 0.8 * j / max(1, len(parts) - 1)
+                axes.barh(top, part, left=left, height=12, align="edge", color=ACCENT, alpha=shade)
+                short = operator.rsplit(".", 1)[-1]
+                if part > 6.5 * len(short) + 4:
+                    axes.text(left, top + 24, short, color=MUTED, fontsize=11)
+                left += part
+            named = ", ".join(f"{o} {100 * s / (whole or 1):.0f} %" for o, s in parts)
+            spoken.append(f"{name}: {named}")
+        return Plot("Time by operator", f"Time by operator. {'; '.join(spoken)}.", _svg(figure))
+
+
 def trend_plots(reports: Sequence[BenchmarkReport]) -> list[Plot]:
     """Return a curve per variant of the last report: its speed-up, or its time, oldest first."""
     place = summary.headline(reports[-1])
@@ -168,7 +218,7 @@ def trend_plots(reports: Sequence[BenchmarkReport]) -> list[Plot]:
             unit, ends = "×", [(x.value, *x.interval) for x in factors]
         else:
             unit = "ms"
-            ends = [(1e3 * x.median, 1e3 * x.interval[0], 1e3 * x.interval[1]) for x in found]
+            ends = [(1e3 * x.typical, 1e3 * x.interval[0], 1e3 * x.interval[1]) for x in found]
         values, lows, highs = zip(*ends, strict=True)
         title = f"{variant.name}, {unit} at {place}"
         with _settings(f"trend {title}"):

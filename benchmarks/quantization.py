@@ -20,6 +20,7 @@ from pathlib import Path
 from benchmarks.config import usable_cores
 from benchmarks.quantization_subjects import CALIBRATED, LOWER_IS_BETTER, SCHEMES, Subject, subjects
 from benchmarks.report import Environment
+from benchmarks.runtimes import Place
 from benchmarks.worker import Variant, Worker
 from calib_data.errors import OnnxPressError
 
@@ -87,7 +88,7 @@ def measure(subject: Subject, evaluation: str, model: Path | str, runtime: str) 
     names = getattr(source.config, "id2label", None) or {}
     if examples.label_names and set(examples.label_names) <= set(names.values()):
         examples = examples.relabel([names[i] for i in sorted(names)])
-    with Worker(Variant(subject.name, str(model), runtime), "cpu", usable_cores()) as worker:
+    with Worker(Variant(subject.name, str(model), runtime), Place("cpu", usable_cores())) as worker:
         worker.load()
         if subject.metric == "loss":
             blocks = Batches(

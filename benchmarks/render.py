@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks import summary
+from benchmarks import lineage, summary
 from benchmarks.report import BenchmarkReport, Interval, VariantReport
 from benchmarks.summary import Table
 
@@ -51,6 +51,7 @@ def render_html(report: BenchmarkReport, earlier: Sequence[BenchmarkReport] = ()
     )
     environment.filters["drawing"] = lambda plot: Markup(plot.svg)  # matplotlib escapes its text
     scatters = {name: plots.quality_plot(report, width) for name, width in _WIDTHS.items()}
+    operators = {name: plots.operator_plot(report, width) for name, width in _WIDTHS.items()}
     winner = summary.best(report)
     environment.globals["winner"] = winner.name if winner else None  # macros see only globals
     return environment.get_template("report.html.j2").render(
@@ -63,10 +64,12 @@ def render_html(report: BenchmarkReport, earlier: Sequence[BenchmarkReport] = ()
         latency=plots.latency_plots(report),
         resources=plots.resource_plots(report),
         training=plots.training_plots(report),
+        operators={name: plot for name, plot in operators.items() if plot is not None},
+        load=plots.load_plots(report),
         trends=plots.trend_plots([*earlier, report]),
         history=summary.history_table([*earlier, report]),
         scatters={name: plot for name, plot in scatters.items() if plot is not None},
-        lineages=[(v.name, summary.lineage_chain(v)) for v in report.variants],
+        lineage=lineage.tree(report.variants),
         environment=summary.environment_rows(report),
         data=report.to_json(),
     )
@@ -80,7 +83,14 @@ def render_markdown(report: BenchmarkReport) -> str:
     parts = [f"# {_escape(report.title)}", f"**{_escape(summary.verdict(report))}.**"]
     if notes := summary.notes(report):
         parts.append("\n".join(f"- {_escape(note)}." for note in notes))
-    titles = {"latency": "Latency", "quality": "Quality", "resources": "Size and memory"}
+    titles = {
+        "latency": "Latency",
+        "load": "Requests in time",
+        "quality": "Quality",
+        "resources": "Size and memory",
+        "attribution": "What each stage did",
+        "operators": "Time by operator",
+    }
     for table in _tables(report):
         if not table.rows:
             continue
@@ -93,10 +103,7 @@ def render_markdown(report: BenchmarkReport) -> str:
     parts.append(
         "\n".join(
             f"- **{_escape(variant.name)}**: "
-            + " → ".join(
-                _escape(f"{stage} ({settings})" if settings else stage)
-                for stage, settings in summary.lineage_chain(variant)
-            )
+            + " → ".join(_escape(stage) for stage in _stages(variant))
             for variant in report.variants
         )
     )
@@ -106,6 +113,12 @@ def render_markdown(report: BenchmarkReport) -> str:
     if report.command:
         parts.append(f"Repeat it:\n\n    {' '.join(report.command.split())}")
     return "\n\n".join(parts) + "\n"
+
+
+def _stages(variant: VariantReport) -> Iterator[str]:
+    for entry in variant.lineage:
+        stage, settings = str(entry.get("stage", "stage")), lineage.settings(entry)
+        yield f"{stage} ({settings})" if settings else stage
 
 
 def render_csv(report: BenchmarkReport) -> str:
@@ -128,17 +141,24 @@ def _figures(variant: VariantReport) -> Iterator[_Figure]:
     """Yield (quantity, workload, value, interval, unit) of all that was measured of a variant."""
     yield "size", "", variant.size_bytes, _NO_INTERVAL, "bytes"
     yield "peak memory", "", variant.peak_memory_bytes, _NO_INTERVAL, "bytes"
+    yield "device memory", "", variant.device_memory_bytes, _NO_INTERVAL, "bytes"
     yield "load time", "", variant.load_seconds, _NO_INTERVAL, "s"
     for x in variant.latency:
         at = x.workload
-        yield "median", at, x.median, x.interval, "s"
+        yield "typical", at, x.typical, x.interval, "s"
+        yield "p50", at, x.p50, _NO_INTERVAL, "s"
         yield "p95", at, x.p95, _NO_INTERVAL, "s"
         yield "p99", at, x.p99, _NO_INTERVAL, "s"
         yield "throughput", at, x.examples_per_second, _NO_INTERVAL, "examples/s"
         yield "throughput", at, x.tokens_per_second, _NO_INTERVAL, "tokens/s"
         if x.speedup is not None:
             yield "speed-up", at, x.speedup.value, x.speedup.interval, "×"
+        yield "energy", at, x.joules, _NO_INTERVAL, "J"
         yield "agreement", at, x.agreement, _NO_INTERVAL, "cosine"
+    for load in variant.load:
+        at = f"{load.workload}, {load.streams} at once"
+        yield "requests in time", at, load.sustained, load.interval, "1/s"
+        yield "capacity", at, load.capacity, _NO_INTERVAL, "1/s"
     for quality in variant.quality:
         yield quality.metric, "", quality.value, _NO_INTERVAL, quality.unit
         interval = quality.interval or _NO_INTERVAL
@@ -168,8 +188,11 @@ def _tables(report: BenchmarkReport) -> list[Table]:
     return [
         summary.summary_table(report),
         summary.latency_table(report),
+        summary.load_table(report),
         summary.quality_table(report),
         summary.resources_table(report),
+        summary.attribution_table(report),
+        summary.operators_table(report),
     ]
 
 

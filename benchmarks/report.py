@@ -5,16 +5,16 @@ import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
+from benchmarks import gpus
 from calib_data.errors import DataError
 
-SCHEMA = 1  # raised when an older reader would misread a newer file
+SCHEMA = 2  # raised when an older reader would misread a newer file
 _PACKAGES = ("torch", "onnxruntime", "onnxruntime-gpu", "transformers", "onnx", "numpy")
 
 Interval = tuple[float, float]  # 95 %
@@ -26,7 +26,7 @@ class SpeedUp:
 
     value: float  # median over rounds of baseline seconds / variant seconds
     interval: Interval
-    different: bool  # the interval excludes 1; otherwise this is "no difference"
+    different: bool  # the interval at 99 % excludes 1; otherwise this is "no difference"
 
 
 @dataclass(frozen=True)
@@ -34,20 +34,51 @@ class Latency:
     """One variant's times for one kind of input; seconds per call."""
 
     workload: str  # how the input is labelled: 8 × 128
+    kind: Literal["shape", "traffic", "decoding"]
+    threads: int
     batch: int
-    sequence: int | None  # None where the model takes no sequence
+    sequence: int | None  # None where the model takes no sequence, or lengths differ
     calls: int
-    median: float
-    interval: Interval  # of the median
+    typical: float  # the median; the mean where calls differ in length
+    interval: Interval  # of `typical`
+    p50: float
     p95: float
     p99: float
     examples_per_second: float
     tokens_per_second: float | None
     warm_up_calls: int
     settled: bool  # whether times had settled when warm-up ended
+    precise: bool  # whether intervals got as narrow as was asked for
     speedup: SpeedUp | None  # None without a baseline, and for the baseline itself
-    agreement: float | None  # least cosine over examples to the baseline's timed output
+    agreement: float | None  # least cosine over examples to the baseline's timed output; of what is
+    # generated, the share of tokens that are the baseline's
+    joules: float | None  # of a call, the whole machine's, where it tells
     rounds: list[list[float]]  # the raw times
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """How long requests took, waiting included, that came at random at one rate; seconds."""
+
+    rate: float  # per second
+    p50: float
+    p95: float
+    p99: float
+    requests: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """How many requests per second one variant answers in time."""
+
+    workload: str  # what a request is
+    streams: int  # requests answered at once
+    threads: int  # of each
+    target: float  # seconds that 95 % of the requests may take
+    capacity: float  # requests per second where one waits for every answer
+    sustained: float  # the highest rate within the target, the median of the rounds
+    interval: tuple[float, float]  # least and most of the rounds
+    arrivals: list[Arrivals]  # all that was measured
 
 
 @dataclass(frozen=True)
@@ -78,7 +109,14 @@ class VariantReport:
     providers: list[str] = field(default_factory=list)
     load_seconds: float | None = None
     peak_memory_bytes: int | None = None
+    device_memory_bytes: int | None = None  # held on GPUs, where they tell
+    operators: dict[str, float] = field(
+        default_factory=dict
+    )  # seconds of a run, the costliest first
+    placed: dict[str, int] = field(default_factory=dict)  # nodes by execution provider
+    copies: int | None = None  # between host and device
     latency: list[Latency] = field(default_factory=list)
+    load: list[Load] = field(default_factory=list)
     quality: list[Quality] = field(default_factory=list)
 
 
@@ -113,7 +151,7 @@ class Environment:
             python=platform.python_version(),
             versions=_versions(),
             provider=provider,
-            gpu=_gpu() if provider != "cpu" else None,
+            gpu=gpus.describe() if provider != "cpu" else None,
             load_average=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         )
 
@@ -175,6 +213,12 @@ def read_reports(paths: Iterable[Path]) -> list[BenchmarkReport]:
     return sorted(map(read_report, paths), key=lambda report: report.created)
 
 
+def quality_from(values: Any) -> Quality:
+    """Return one metric's figures from JSON-able values."""
+    quality: Quality = _parse(Quality, values, "quality")
+    return quality
+
+
 def _parse(hint: Any, value: Any, where: str) -> Any:
     """Return `value` as the type `hint` says, strictly; a `DataError` names the place."""
     origin, arguments = get_origin(hint), get_args(hint)
@@ -191,7 +235,7 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
         _expect(isinstance(value, Mapping), where, "an object", value)
         hints = get_type_hints(hint)
         given, wanted = set(value), {f.name: f for f in dataclasses.fields(hint)}
-        needed = {name for name, f in wanted.items() if _is_required(f)}
+        needed = {name for name, f in wanted.items() if is_required(f)}
         if missing := sorted(needed - given):
             raise DataError(f"{where} lacks {', '.join(missing)}")
         if extra := sorted(given - set(wanted)):
@@ -220,7 +264,8 @@ def _expect(condition: bool, where: str, wanted: str, value: Any) -> None:
         raise DataError(f"{where} must be {wanted}, got {value!r:.40}; measure again")
 
 
-def _is_required(item: dataclasses.Field[Any]) -> bool:
+def is_required(item: dataclasses.Field[Any]) -> bool:
+    """Return whether a field has no default."""
     missing = dataclasses.MISSING
     return item.default is missing and item.default_factory is missing
 
@@ -242,12 +287,3 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _gpu() -> str | None:
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        found = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip().splitlines()[0]

@@ -17,6 +17,23 @@ import numpy as np
 from calib_data.errors import ConfigError, ProviderError
 
 Arrays = Mapping[str, np.ndarray]
+NEW = "new_tokens"  # the input that asks for so many tokens after a prompt
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What was generated, (batch, new)."""
+
+    tokens: np.ndarray
+
+
+@dataclass(frozen=True)
+class GraphUse:
+    """What ONNX Runtime makes of a graph."""
+
+    operators: Mapping[str, float]  # seconds of a run by operator, the costliest first
+    providers: Mapping[str, int]  # nodes on each
+    copies: int  # nodes that carry data between host and device
 
 
 @dataclass(frozen=True)
@@ -32,6 +49,32 @@ class Source:
     sha256: Mapping[str, str]  # per weight file
     output: str | None = None  # the output that the task is about
     labels: tuple[str, ...] = ()  # a classifier's class names, in order
+    # hidden states (batch, sequence, width) and mask → what a sentence encoder makes of them
+    head: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+
+    @property
+    def foreign(self) -> bool:
+        """Whether it is another tool's, which says nothing of what its inputs mean."""
+        return self.signature is None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model runs, and what of a call counts."""
+
+    provider: str = "cpu"
+    threads: int = 1
+    transfers: bool = (
+        False  # whether a device's calls carry inputs and outputs from and to the host
+    )
+    graphs: bool = (
+        False  # whether CUDA records the kernels of each input and launches them together
+    )
+
+    @property
+    def device(self) -> str:
+        """The device of the provider, as PyTorch and ONNX Runtime call it."""
+        return "cpu" if self.provider == "cpu" else "cuda"
 
 
 @dataclass(frozen=True)
@@ -42,14 +85,16 @@ class Loaded:
     run: Callable[[Any], Any]
     collect: Callable[[Any], Arrays]  # what `run` returned → arrays by name
     providers: tuple[str, ...]
+    generate: Callable[[Any], Tokens] | None = None  # for what `prepare` made with NEW in it
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """The two things to know about a runtime."""
+    """What to know about a runtime."""
 
     describe: Callable[[str], Source]
-    open: Callable[[str, str, int], Loaded]  # (model, provider, threads)
+    open: Callable[[str, Place], Loaded]
+    inspect: Callable[[str, Place, tuple[int, int]], GraphUse] | None = None  # at (batch, length)
 
 
 def find_runtime(name: str) -> Runtime:
@@ -82,32 +127,72 @@ def _describe_checkpoint(model: str) -> Source:
         sha256={"weights": weights_sha256(checkpoint.module)},
         output=checkpoint.output,
         labels=_labels(getattr(checkpoint.config, "id2label", None)),
+        head=partial(_pooled, checkpoint) if checkpoint.task == "sentence-embedding" else None,
     )
 
 
-def _open_checkpoint(model: str, provider: str, threads: int, compiled: bool = False) -> Loaded:
+def _pooled(checkpoint: Any, hidden: np.ndarray, mask: np.ndarray) -> np.ndarray:
     import torch
 
-    torch.set_num_threads(threads)
+    with torch.inference_mode():
+        made = checkpoint.module.embed(torch.from_numpy(hidden), torch.from_numpy(mask.copy()))
+    return np.asarray(made.float().cpu())
+
+
+def _open_checkpoint(model: str, place: Place, compiled: bool = False) -> Loaded:
+    import torch
+
+    torch.set_num_threads(place.threads)
     torch.set_num_interop_threads(1)
     from compress.loading import open_checkpoint
 
     checkpoint = open_checkpoint(model)
-    device = "cpu"
-    if provider == "cuda":
-        if not torch.cuda.is_available():
-            raise ProviderError("PyTorch finds no CUDA device; use --provider cpu")
-        device = "cuda"
-        checkpoint.module.to(device)
+    device = place.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ProviderError("PyTorch finds no CUDA device; use --provider cpu")
+    checkpoint.module.to(device)
     if compiled:  # at the first call of each kind of input: warming up takes minutes
         checkpoint.module.compile()
-    return Loaded(
+
+    def prepare(batch: Arrays) -> Any:
         # copied: PyTorch warns of arrays that it may not write to
-        prepare=lambda batch: {k: torch.from_numpy(v.copy()).to(device) for k, v in batch.items()},
-        run=checkpoint.predict,
-        collect=lambda outputs: outputs,
+        tensors = {name: torch.from_numpy(array.copy()) for name, array in batch.items()}
+        return tensors if place.transfers else {k: v.to(device) for k, v in tensors.items()}
+
+    def run(batch: Any) -> Any:
+        with torch.inference_mode():
+            outputs = checkpoint.forward({name: value.to(device) for name, value in batch.items()})
+            if place.transfers:
+                return {name: value.cpu() for name, value in outputs.items()}
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return outputs
+
+    return Loaded(
+        prepare=prepare,
+        run=run,
+        collect=lambda outputs: {k: v.float().cpu().numpy() for k, v in outputs.items()},
+        generate=lambda batch: _continued(checkpoint, batch),
         providers=(f"torch:{device}{', compiled' if compiled else ''}",),
     )
+
+
+def _continued(checkpoint: Any, batch: Mapping[str, Any]) -> Tokens:
+    """Return greedy tokens after a prompt, the end token ignored."""
+    import torch
+
+    ids, new = batch["input_ids"], int(batch[NEW])
+    with torch.inference_mode():
+        made = checkpoint.backbone.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=None,
+        )
+    return Tokens(made[:, ids.shape[1] :].cpu().numpy())
 
 
 def _describe_graph(model: str) -> Source:
@@ -150,28 +235,76 @@ def _describe_foreign(path: Path) -> Source:
     )
 
 
-def _open_graph(model: str, provider: str, threads: int) -> Loaded:
+def _open_graph(model: str, place: Place) -> Loaded:
+    from benchmarks.bound import GRAPHS, BoundSession
     from export.sessions import call, complete_feed, open_session, widened
 
     path = Path(model)
-    session = open_session(path / "model.onnx" if path.is_dir() else path, provider, threads)
+    file = path / "model.onnx" if path.is_dir() else path
+    settings = GRAPHS if place.graphs else None
+    session = open_session(file, place.provider, place.threads, settings=settings)
     names = [item.name for item in session.get_outputs()]
     half = {item.name for item in session.get_inputs() if item.type == "tensor(float16)"}
 
-    def prepare(batch: Arrays) -> Arrays:  # all variants get one sample, whatever their precision
+    def complete(batch: Arrays) -> Arrays:  # all variants get one sample, whatever their precision
         cast = {k: v.astype(np.float16) if k in half else v for k, v in batch.items()}
         return complete_feed(session, cast)
 
+    def collect(outputs: Any) -> Arrays:
+        return {name: widened(value) for name, value in zip(names, outputs, strict=True)}
+
+    on_host = place.device == "cpu" or place.transfers
+    bound = None if on_host else BoundSession(session, place.device, place.graphs)
+
+    def prepare(batch: Arrays) -> Any:
+        feed = complete(batch)
+        return bound.prepare(feed) if bound else feed
+
+    decoding: list[Any] = []  # opened when tokens are first asked for
+
+    def generate(batch: Arrays) -> Tokens:
+        from export.bundle import open_bundle
+        from export.generate import GenerateConfig, generate, open_decoding
+
+        if not decoding:
+            decoding.append(open_decoding(open_bundle(path), place.provider, place.threads))
+        config = GenerateConfig(max_new_tokens=int(batch[NEW]), ignore_end=True)
+        made = generate(decoding[0], batch["input_ids"].tolist(), config)
+        return Tokens(np.array(made.tokens))
+
     return Loaded(
-        prepare=prepare,
-        run=lambda feed: call(session, feed),
-        collect=lambda outputs: {
-            name: widened(value)
-            for name, value in zip(names, outputs, strict=True)
-            if not name.startswith("present.")  # no metric looks at a cache
-        },
+        prepare=lambda batch: batch if NEW in batch else prepare(batch),
+        run=bound.run if bound else lambda feed: call(session, feed),
+        generate=generate if path.is_dir() else None,
+        collect=lambda made: _without_cache((bound.collect if bound else collect)(made)),
         providers=tuple(session.get_providers()),
     )
+
+
+def _without_cache(outputs: Arrays) -> Arrays:
+    """Return outputs but for a decoder's cache, which no metric looks at."""
+    return {k: v for k, v in outputs.items() if not k.startswith("present.")}
+
+
+def _inspect_graph(model: str, place: Place, shape: tuple[int, int]) -> GraphUse:
+    from export.placement import inspect_graphs
+
+    path = Path(model)
+    placement = inspect_graphs(
+        path / "model.onnx" if path.is_dir() else path, place.provider, shape, place.threads
+    )
+    (found,) = placement.values()
+    sample = next(iter(found.samples))  # of a decoder the prompt
+    spent: dict[str, float] = {}
+    providers: dict[str, int] = {}
+    copies = 0
+    for node in found.nodes:
+        if node.provider is not None:
+            spent[node.operator] = spent.get(node.operator, 0.0) + node.seconds.get(sample, 0.0)
+            providers[node.provider] = providers.get(node.provider, 0) + 1
+            copies += "Memcpy" in node.operator
+    ordered = sorted(spent.items(), key=lambda pair: -pair[1])
+    return GraphUse(dict(ordered), providers, copies)
 
 
 def _labels(names: Mapping[Any, str] | None) -> tuple[str, ...]:
@@ -182,5 +315,5 @@ def _labels(names: Mapping[Any, str] | None) -> tuple[str, ...]:
 RUNTIMES: dict[str, Runtime] = {
     "pytorch": Runtime(_describe_checkpoint, _open_checkpoint),
     "compiled": Runtime(_describe_checkpoint, partial(_open_checkpoint, compiled=True)),
-    "onnx": Runtime(_describe_graph, _open_graph),
+    "onnx": Runtime(_describe_graph, _open_graph, _inspect_graph),
 }

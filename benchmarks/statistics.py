@@ -6,7 +6,9 @@ from math import comb
 import numpy as np
 
 LEVEL = 0.95
+CERTAIN = 0.99  # at which a difference is one: of a hundred reports of equal models one may say so
 MINIMUM_ROUNDS = 6  # fewer signs than this cannot reach 95 %: 2 · 2⁻⁵ > 0.05
+DECISIVE_ROUNDS = 8  # the same at 99 %: 2 · 2⁻⁷ > 0.01
 
 Rounds = Sequence[Sequence[float]]  # seconds per call, one inner sequence per round
 
@@ -29,8 +31,15 @@ def pooled(rounds: Rounds) -> list[float]:
     return [second for calls in rounds for second in calls]
 
 
-def median_interval(rounds: Rounds, *, seed: int, resamples: int = 2000) -> tuple[float, float]:
-    """Return the 95 % interval of the median over all calls, in the unit of the input.
+def typical(calls: Sequence[float] | np.ndarray, ragged: bool = False) -> float:
+    """Return what a call takes: the median, or the mean where inputs of several lengths were called."""
+    return float(np.mean(calls) if ragged else np.median(calls))
+
+
+def typical_interval(
+    rounds: Rounds, *, seed: int, ragged: bool = False, resamples: int = 2000
+) -> tuple[float, float]:
+    """Return the 95 % interval of `typical` over all calls, in the unit of the input.
 
     Percentile bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, ch. 13).
     Whole rounds are drawn, not calls: the calls of one round share the machine's mood, and drawing
@@ -39,41 +48,47 @@ def median_interval(rounds: Rounds, *, seed: int, resamples: int = 2000) -> tupl
     random = np.random.default_rng(seed)
     arrays = [np.asarray(calls, dtype=np.float64) for calls in rounds]
     draws = random.integers(len(arrays), size=(resamples, len(arrays)))
-    medians = [np.median(np.concatenate([arrays[i] for i in draw])) for draw in draws]
-    return _bounds(np.asarray(medians))
+    found = [typical(np.concatenate([arrays[i] for i in draw]), ragged) for draw in draws]
+    return _bounds(np.asarray(found))
 
 
-def round_ratios(rounds: Rounds, baseline: Rounds) -> list[float]:
-    """Return per round how many times faster than the baseline: its median over this one's.
+def round_ratios(rounds: Rounds, baseline: Rounds, ragged: bool = False) -> list[float]:
+    """Return per round how many times faster than the baseline: what a call takes there over here.
 
     Both were timed within seconds of each other, so drift of the machine divides out.
     """
     pairs = zip(rounds, baseline, strict=True)
-    return [float(np.median(theirs) / np.median(ours)) for ours, theirs in pairs]
+    return [typical(theirs, ragged) / typical(ours, ragged) for ours, theirs in pairs]
 
 
-def sign_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return an interval that holds the median with at least 95 % probability, whatever its law.
+def sign_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
+    """Return an interval that holds the median with at least that probability, whatever its law.
 
-    The order statistics that a sign test at 5 % does not reject (Conover, Practical Nonparametric
-    Statistics, 3rd ed., 1999, ch. 3.2). Exact for the handful of rounds that a benchmark has,
-    where a bootstrap is too narrow; one disturbed round in nine does not move it.
+    The order statistics that a sign test does not reject (Conover, Practical Nonparametric Statistics,
+    3rd ed., 1999, ch. 3.2). Exact for the handful of rounds that a benchmark has, where a bootstrap is
+    too narrow; at 95 % one disturbed round in nine does not move it.
     """
     n = len(values)
-    if n < MINIMUM_ROUNDS:
-        raise ValueError(f"{n} values cannot give a 95 % interval; {MINIMUM_ROUNDS} can")
+    if 2 * 2.0**-n > 1 - level:
+        raise ValueError(f"{n} values cannot give an interval of {level:.0%}")
     tail, k = 0.0, 0  # k values may be dropped from each end
-    while 2 * (tail + comb(n, k) / 2**n) <= 1 - LEVEL:
+    while 2 * (tail + comb(n, k) / 2**n) <= 1 - level:
         tail += comb(n, k) / 2**n
         k += 1
     ordered = sorted(values)
     return ordered[k - 1], ordered[n - k]
 
 
-def is_different(interval: tuple[float, float]) -> bool:
-    """Return whether an interval of ratios excludes 1: otherwise there is no difference."""
-    low, high = interval
+def is_different(ratios: Sequence[float]) -> bool:
+    """Return whether ratios differ from 1 beyond doubt: their interval at 99 % excludes it."""
+    low, high = sign_interval(ratios, CERTAIN)
     return not low <= 1 <= high
+
+
+def half_width(value: float, interval: tuple[float, float]) -> float:
+    """Return half of an interval as a share of the value that it is about."""
+    low, high = interval
+    return (high - low) / (2 * value)
 
 
 def paired_interval(

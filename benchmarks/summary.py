@@ -1,9 +1,9 @@
 """What the report says in words and tables, before any rendering: shared by all formats."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from benchmarks import attribution
 from benchmarks.report import BenchmarkReport, Latency, Quality, VariantReport
 
 UNRELATED = 0.5  # least cosine below this: the outputs have little to do with the baseline's
@@ -63,8 +63,13 @@ def training_stages(report: BenchmarkReport) -> list[TrainingStage]:
 def headline(report: BenchmarkReport) -> str | None:
     """Return the label of the largest workload that was measured, or None."""
     measured = [latency for variant in report.variants for latency in variant.latency]
-    largest = max(measured, key=lambda x: x.batch * (x.sequence or 1), default=None)
+    measured = [latency for latency in measured if latency.kind == "shape"] or measured
+    largest = max(measured, key=_extent, default=None)
     return largest.workload if largest else None
+
+
+def _extent(latency: Latency) -> tuple[int, int]:
+    return latency.threads, latency.batch * (latency.sequence or 1)
 
 
 def workloads(report: BenchmarkReport) -> list[str]:
@@ -135,7 +140,12 @@ def verdict(report: BenchmarkReport) -> str:
     quality = quality_of(winner, main_metric(report))
     tail = ""
     if quality is not None and quality.difference is not None:
-        tail = f"; {quality.metric.replace('_', ' ')} {difference(quality, short=True)}"
+        sure = ""
+        if quality.interval is not None and quality.difference:
+            low, high = quality.interval
+            sure = f" ± {(high - low) / 2:.{_decimals(quality.value) - 1}f}"
+        change = difference(quality, short=True)
+        tail = f"; {quality.metric.replace('_', ' ')} {change}{sure}"
     return f"{speed} and {size_against(winner, base)}{tail}"
 
 
@@ -180,11 +190,13 @@ def notes(report: BenchmarkReport) -> list[str]:
                 f"The outputs of {variant.name} have little to do with the baseline's "
                 f"(cosine down to {strange[0].agreement:.2f} at {strange[0].workload})"
             )
-        if restless := [x.workload for x in variant.latency if not x.settled]:
+        unknown = variant.latency and all(x.agreement is None for x in variant.latency)
+        if unknown and report.variant(report.baseline).latency:
             found.append(
-                f"The times of {variant.name} had not settled when warm-up ended at "
-                f"{', '.join(restless)}: the machine is noisy"
+                f"{variant.name} shares no output with {report.baseline}: whether it computes the same "
+                "is not known"
             )
+    found += _noise(report)
     environment = report.environment
     if environment.load_average is not None and environment.load_average > environment.cores / 2:
         found.append(
@@ -192,6 +204,32 @@ def notes(report: BenchmarkReport) -> list[str]:
             f"{environment.cores} cores. Ratios hold better than absolute times"
         )
     return found
+
+
+def _noise(report: BenchmarkReport) -> list[str]:
+    """Return how many of the figures are less sure than they should be, and whose."""
+    found = []
+    rows = [(variant.name, x) for variant in report.variants for x in variant.latency]
+    factors = [(name, x) for name, x in rows if x.speedup]
+    if noisy := [name for name, x in factors if not x.precise]:
+        found.append(
+            f"The machine was too noisy for the asked precision of {_count_of(noisy, factors)} "
+            f"speed-ups ({_whose(noisy)}): see the intervals, or raise --max-time"
+        )
+    if restless := [name for name, x in rows if not x.settled]:
+        found.append(
+            f"{_count_of(restless, rows)} times had not settled when warm-up ended "
+            f"({_whose(restless)}): the machine is noisy, or the model slow to start"
+        )
+    return found
+
+
+def _count_of(some: Sequence[object], all_of_them: Sequence[object]) -> str:
+    return f"{len(some)} of {len(all_of_them)}"
+
+
+def _whose(names: Sequence[str]) -> str:
+    return ", ".join(dict.fromkeys(names))
 
 
 # --- tables --------------------------------------------------------------------------------------
@@ -205,7 +243,7 @@ def summary_table(report: BenchmarkReport) -> Table:
     for variant in report.variants:
         latency = latency_at(variant, place)
         cells = [Cell(variant.name, variant.name, _role(variant, base))]
-        cells.append(_milliseconds(latency.median if latency else None))
+        cells.append(_milliseconds(latency.typical if latency else None))
         cells.append(_speedup(latency, variant is base))
         cells.append(Cell(megabytes(variant.size_bytes), variant.size_bytes))
         cells.append(_memory(variant))
@@ -234,8 +272,8 @@ def latency_table(report: BenchmarkReport) -> Table:
             rows.append(
                 (
                     Cell(variant.name, variant.name),
-                    Cell(x.workload, float(x.batch * (x.sequence or 1))),
-                    Cell(number(1e3 * x.median), x.median, span(1e3 * low, 1e3 * high)),
+                    Cell(x.workload, float(x.batch * (x.sequence or 1)) + x.threads / 1e3),
+                    Cell(number(1e3 * x.typical), x.typical, span(1e3 * low, 1e3 * high)),
                     # a percentile from fewer calls than it takes is only the slowest call
                     _milliseconds(x.p95 if x.calls >= 20 else None, unit=""),
                     _milliseconds(x.p99 if x.calls >= 100 else None, unit=""),
@@ -256,6 +294,37 @@ def latency_table(report: BenchmarkReport) -> Table:
         f"outputs and those of {report.baseline}. p95 is given from 20 calls on, p99 from 100."
     )
     return Table("latency", caption, columns, tuple(rows))
+
+
+def load_table(report: BenchmarkReport) -> Table:
+    """Return one row per number of streams and variant: requests per second answered in time."""
+    rows = [
+        (
+            Cell(variant.name, variant.name),
+            Cell(f"{x.streams} × {x.threads} thread{'s' * (x.threads > 1)}", float(x.streams)),
+            Cell(number(x.sustained), x.sustained, span(*x.interval)),
+            Cell(number(x.capacity), x.capacity),
+        )
+        for streams in load_streams(report)
+        for variant in report.variants
+        for x in variant.load
+        if x.streams == streams
+    ]
+    found = next((x for variant in report.variants for x in variant.load), None)
+    what = f"a request is {found.workload}, target {1e3 * found.target:g} ms" if found else ""
+    return Table(
+        "load",
+        f"Requests arrive at random, whether the model is ready or not; {what}. In time: the highest "
+        "rate at which 95 % are answered within the target, waiting included; in parentheses the least "
+        "and the most of the rounds. Capacity: where every caller waits for the answer before.",
+        ("Variant", "At once", "In time, requests/s", "Capacity, requests/s"),
+        tuple(rows),
+    )
+
+
+def load_streams(report: BenchmarkReport) -> list[int]:
+    """Return the numbers of requests answered at once that were measured."""
+    return list(dict.fromkeys(x.streams for variant in report.variants for x in variant.load))
 
 
 def quality_table(report: BenchmarkReport) -> Table:
@@ -321,6 +390,75 @@ def resources_table(report: BenchmarkReport) -> Table:
     return Table("resources", caption, columns, tuple(rows))
 
 
+def attribution_table(report: BenchmarkReport) -> Table:
+    """Return one row per stage, or several at once: what it did to speed, size and quality."""
+    place, metric = headline(report), main_metric(report)
+    rows = []
+    for step in attribution.steps(report):
+        faster = step.speedup(place) if place else None
+        speed = Cell(NONE)
+        if faster is not None:
+            value, (low, high) = faster
+            speed = Cell(times(value), value, span(low, high))
+        ratio = step.variant.size_bytes / max(step.parent.size_bytes, 1)
+        change = step.quality(metric)
+        worth = quality_of(step.variant, metric)
+        rows.append(
+            (
+                Cell(step.variant.name, step.variant.name),
+                Cell(" → ".join(step.stages), " ".join(step.stages)),
+                Cell(step.parent.name, step.parent.name),
+                speed,
+                Cell(f"{100 * ratio:.0f} %", ratio),
+                Cell(NONE)
+                if change is None or worth is None
+                else Cell(signed(change, worth.value), change),
+            )
+        )
+    quality_heading = (metric or "quality").replace("_", " ")
+    return Table(
+        "attribution",
+        f"Each variant against the one it was made from, at {place}. In parentheses: 95 % intervals.",
+        ("Variant", "Stage", "Made from", "Faster by", "Size left", f"Change of {quality_heading}"),
+        tuple(rows),
+    )
+
+
+def operators_table(report: BenchmarkReport) -> Table:
+    """Return one row per variant and operator: what it takes of a run, the costliest first."""
+    rows = []
+    for variant in report.variants:
+        whole = sum(variant.operators.values())
+        for operator, seconds in shown_operators(variant.operators):
+            share = seconds / whole if whole else 0.0
+            rows.append(
+                (
+                    Cell(variant.name, variant.name),
+                    Cell(operator, operator),
+                    Cell(f"{number(1e3 * seconds)} ms", seconds),
+                    Cell(f"{100 * share:.0f} %", share),
+                )
+            )
+    where = []
+    for variant in report.variants:
+        if variant.placed:
+            nodes = ", ".join(f"{count} on {name}" for name, count in variant.placed.items())
+            where.append(f"{variant.name}: {nodes}, {variant.copies} copies between devices")
+    return Table(
+        "operators",
+        f"Of one run at {headline(report)}, profiled apart from the timing. Nodes: {'; '.join(where)}.",
+        ("Variant", "Operator", "Time", "Share"),
+        tuple(rows),
+    )
+
+
+def shown_operators(operators: dict[str, float], most: int = 6) -> list[tuple[str, float]]:
+    """Return the costliest operators and what all others come to."""
+    ordered = sorted(operators.items(), key=lambda pair: -pair[1])
+    rest = sum(seconds for _, seconds in ordered[most:])
+    return ordered[:most] + ([("others", rest)] if rest else [])
+
+
 def history_table(reports: Sequence[BenchmarkReport]) -> Table:
     """Return one row per report, in their order: what each variant of the last one was in it.
 
@@ -339,7 +477,7 @@ def history_table(reports: Sequence[BenchmarkReport]) -> Table:
             if latency is None:
                 cells.append(Cell(NONE, None, note))
             elif latency.speedup is None:
-                cells.append(Cell(f"{number(1e3 * latency.median)} ms", latency.median, note))
+                cells.append(Cell(f"{number(1e3 * latency.typical)} ms", latency.typical, note))
             else:
                 cells.append(Cell(times(latency.speedup.value), latency.speedup.value, note))
         rows.append(tuple(cells))
@@ -372,28 +510,6 @@ def environment_rows(report: BenchmarkReport) -> list[tuple[str, str]]:
     return [(name, value) for name, value in rows if value]
 
 
-def lineage_chain(variant: VariantReport) -> list[tuple[str, str]]:
-    """Return the stages that made a variant as (stage, its settings in short)."""
-    return [
-        (str(entry.get("stage", "stage")), " · ".join(_settings(entry))[:160])
-        for entry in variant.lineage
-    ]
-
-
-def _settings(entry: dict[str, Any]) -> Iterable[str]:
-    """Yield what a reader asks of a stage: its model or its settings; the rest is in the JSON."""
-    yield from _scalars({"model": entry.get("model"), **(entry.get("settings") or {})})
-
-
-def _scalars(values: dict[str, Any]) -> Iterable[str]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _scalars(value)
-        elif isinstance(value, str | int | float) and value != "":
-            text = value.rsplit("/", 1)[-1] if isinstance(value, str) else f"{value:g}"
-            yield f"{name.replace('_', ' ')} {text}"
-
-
 # --- cells and numbers ---------------------------------------------------------------------------
 
 
@@ -418,8 +534,9 @@ def _milliseconds(seconds: float | None, unit: str = " ms") -> Cell:
 
 
 def _memory(variant: VariantReport) -> Cell:
-    peak = variant.peak_memory_bytes
-    return Cell(NONE if peak is None else megabytes(peak), peak)
+    peak, held = variant.peak_memory_bytes, variant.device_memory_bytes
+    note = "" if held is None else f"{megabytes(held)} on the GPU"
+    return Cell(NONE if peak is None else megabytes(peak), peak, note)
 
 
 def _quality(quality: Quality | None) -> Cell:

@@ -5,12 +5,16 @@ spin. Here an idle model waits for its turn on a pipe.
 """
 
 import contextlib
+import itertools
+import math
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,9 +22,13 @@ from typing import Any, Self
 
 import numpy as np
 
-from benchmarks.runtimes import Arrays, Loaded, find_runtime
+from benchmarks import gpus
+from benchmarks.energy import Meter
+from benchmarks.runtimes import NEW, Arrays, GraphUse, Loaded, Place, Tokens, find_runtime
 from benchmarks.statistics import settled
 from calib_data.errors import OnnxPressError, ProviderError
+
+Inputs = Mapping[str, Any]
 
 MOST_CALLS = 200  # of one `time`: beyond this a report grows and the median does not change
 _THREAD_VARIABLES = (
@@ -67,13 +75,13 @@ class Worker:
     and `ProviderError` where the provider is not obtained.
     """
 
-    def __init__(self, variant: Variant, provider: str = "cpu", threads: int = 1) -> None:
+    def __init__(self, variant: Variant, place: Place | None = None) -> None:
         self.variant = variant
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
             target=_serve,
-            args=(theirs, variant, provider, threads),
+            args=(theirs, variant, place or Place()),
             name=f"onnxpress-{variant.name}",
             daemon=True,
         )
@@ -96,19 +104,43 @@ class Worker:
         """Load the model; return what it took."""
         return self._call("load")
 
-    def warm_up(self, inputs: Mapping[str, Any], seconds: float) -> WarmUp:
-        """Run until times settle, at least 3 calls and at most about `seconds`."""
-        return self._call("warm_up", _arrays(inputs), seconds)
+    def warm_up(self, calls: Sequence[Inputs], seconds: float) -> WarmUp:
+        """Make passes over `calls` until their times settle: 3 at least, at most about `seconds`."""
+        return self._call("warm_up", list(map(_arrays, calls)), seconds)
 
     def time(
-        self, inputs: Mapping[str, Any], seconds: float = 0.0, calls: int = MOST_CALLS
+        self, calls: Sequence[Inputs], seconds: float = 0.0, most: int = MOST_CALLS
     ) -> list[float]:
-        """Return the seconds of each call, made until `seconds` or `calls` are reached."""
-        return self._call("time", _arrays(inputs), seconds, calls)
+        """Return the seconds of each call, of whole passes until `seconds` or `most` are reached."""
+        return self._call("time", list(map(_arrays, calls)), seconds, most)
 
     def timed_outputs(self) -> dict[str, np.ndarray]:
         """Return what the last timed call computed."""
         return self._call("timed_outputs")
+
+    def capacity(self, inputs: Inputs, streams: int, seconds: float) -> float:
+        """Return how many calls per second finish where `streams` callers each wait for answers."""
+        return self._call("capacity", _arrays(inputs), streams, seconds)
+
+    def arrivals(
+        self, inputs: Inputs, streams: int, rate: float, count: int, seed: int
+    ) -> list[float]:
+        """Return what each of `count` requests takes, in seconds from its arrival.
+
+        They arrive at random, `rate` per second, and up to `streams` are answered at once.
+        """
+        return self._call("arrivals", _arrays(inputs), streams, rate, count, seed)
+
+    def joules(self) -> float | None:
+        """Return the energy of a timed call on average, since the last time this was asked; or None."""
+        return self._call("joules")
+
+    def operators(self, shape: tuple[int, int]) -> "GraphUse | None":
+        """Return what ONNX Runtime makes of the graph at (batch, length), None where it is no graph.
+
+        The graph is opened anew: ask a worker that has not loaded it, for sessions disturb each other.
+        """
+        return self._call("operators", shape)
 
     def predict(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Return the outputs for `batch`: a `Predict` that runs over there."""
@@ -117,6 +149,10 @@ class Worker:
     def peak_memory(self) -> int:
         """Return the most bytes of memory that the process has been resident in so far."""
         return self._call("peak_memory")
+
+    def device_memory(self) -> int | None:
+        """Return the bytes that the process holds on GPUs, or None where that is unknown."""
+        return self._call("device_memory")
 
     def _call(self, method: str, *arguments: Any) -> Any:
         try:
@@ -149,15 +185,15 @@ def _arrays(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
 # --- in the child --------------------------------------------------------------------------------
 
 
-def _serve(pipe: Connection, variant: Variant, provider: str, threads: int) -> None:
+def _serve(pipe: Connection, variant: Variant, place: Place) -> None:
     """Answer (method, arguments) until None, with (True, result) or (False, (kind, message)).
 
     The kind says whether the failure is the provider's.
     """
     # Ctrl-C goes to the whole group: the parent ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))
-    model = _Model(variant, provider, threads)
+    os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(place.threads)))
+    model = _Model(variant, place)
     while True:
         try:
             request = pipe.recv()
@@ -176,37 +212,90 @@ def _serve(pipe: Connection, variant: Variant, provider: str, threads: int) -> N
 class _Model:
     """The child's side of `Worker`, method by method."""
 
-    def __init__(self, variant: Variant, provider: str, threads: int) -> None:
-        self.variant, self.provider, self.threads = variant, provider, threads
+    def __init__(self, variant: Variant, place: Place) -> None:
+        self.variant, self.place = variant, place
         self.loaded: Loaded
         self.last: Any = None
+        self.meter = Meter(place.provider)
+        self.used = (0.0, 0)  # joules and calls
 
     def load(self) -> LoadInfo:
         start = time.perf_counter()
         runtime = find_runtime(self.variant.runtime)
-        self.loaded = runtime.open(self.variant.model, self.provider, self.threads)
+        self.loaded = runtime.open(self.variant.model, self.place)
         return LoadInfo(time.perf_counter() - start, self.loaded.providers)
 
-    def warm_up(self, inputs: Arrays, seconds: float) -> WarmUp:
+    def warm_up(self, calls: list[Arrays], seconds: float) -> WarmUp:
         deadline = time.perf_counter() + seconds
         spent: list[float] = []
-        for spent_now in self._calls(inputs):
-            spent.append(spent_now)
+        for made in self._passes(calls):
+            spent.append(sum(made))
             if settled(spent) or (len(spent) >= 3 and time.perf_counter() >= deadline):
                 break
-        return WarmUp(len(spent), settled(spent))
+        return WarmUp(len(spent) * len(calls), settled(spent))
 
-    def time(self, inputs: Arrays, seconds: float, calls: int) -> list[float]:
+    def time(self, calls: list[Arrays], seconds: float, most: int) -> list[float]:
+        # untimed: the others have used the caches since this model's last turn
+        self._run_for(calls[0])(self.loaded.prepare(calls[0]))
         spent: list[float] = []
-        timed = self._calls(inputs)
-        next(timed)  # untimed: the others have used the caches since this model's last turn
-        for spent_now in timed:
-            spent.append(spent_now)
-            if sum(spent) >= seconds or len(spent) >= calls:
+        before = self.meter.joules()
+        for made in self._passes(calls):
+            spent += made
+            if sum(spent) >= seconds or len(spent) >= most:
                 break
+        after = self.meter.joules()
+        if before is not None and after is not None:
+            self.used = self.used[0] + after - before, self.used[1] + len(spent)
         return spent
 
+    def capacity(self, inputs: Arrays, streams: int, seconds: float) -> float:
+        begun = time.perf_counter()
+        done = self._answered(inputs, streams, itertools.repeat(begun), begun + seconds)
+        return len(done) / (time.perf_counter() - begun)
+
+    def arrivals(
+        self, inputs: Arrays, streams: int, rate: float, count: int, seed: int
+    ) -> list[float]:
+        gaps = np.random.default_rng(seed).exponential(1 / rate, count)
+        times = (time.perf_counter() + np.cumsum(gaps)).tolist()
+        return self._answered(inputs, streams, times)
+
+    def _answered(
+        self, inputs: Arrays, streams: int, times: Iterable[float], end: float = math.inf
+    ) -> list[float]:
+        """Answer requests in the order they arrive; return the seconds from arrival to answer."""
+        run, feed = self._run_for(inputs), self.loaded.prepare(inputs)
+        queue, lock = iter(times), threading.Lock()
+        spent: list[float] = []
+
+        def stream() -> None:
+            while time.perf_counter() < end:
+                with lock:
+                    arrival = next(queue, None)
+                if arrival is None:
+                    return
+                time.sleep(max(0.0, arrival - time.perf_counter()))
+                run(feed)
+                spent.append(time.perf_counter() - arrival)
+
+        with ThreadPoolExecutor(streams) as pool:
+            for finished in [pool.submit(stream) for _ in range(streams)]:
+                finished.result()
+        return spent
+
+    def joules(self) -> float | None:
+        (spent, calls), self.used = self.used, (0.0, 0)
+        return spent / calls if calls else None
+
+    def operators(self, shape: tuple[int, int]) -> "GraphUse | None":
+        inspect = find_runtime(self.variant.runtime).inspect
+        if inspect is None:
+            return None
+        return inspect(self.variant.model, self.place, shape)
+
     def timed_outputs(self) -> dict[str, np.ndarray]:
+        if isinstance(self.last, Tokens):
+            return {"tokens": self.last.tokens}
         return {name: np.asarray(value) for name, value in self.loaded.collect(self.last).items()}
 
     def predict(self, batch: Arrays) -> dict[str, np.ndarray]:
@@ -216,12 +305,27 @@ class _Model:
     def peak_memory(self) -> int:
         return resident_peak()
 
-    def _calls(self, inputs: Arrays) -> Iterator[float]:
-        run, prepared = self.loaded.run, self.loaded.prepare(inputs)
+    def device_memory(self) -> int | None:
+        return gpus.held_memory(os.getpid()) if self.place.device != "cpu" else None
+
+    def _passes(self, calls: list[Arrays]) -> Iterator[list[float]]:
+        """Yield the seconds of each call, pass by pass; what a call needs is prepared before."""
+        prepared = [(self._run_for(inputs), self.loaded.prepare(inputs)) for inputs in calls]
         while True:
-            start = time.perf_counter()
-            self.last = run(prepared)
-            yield time.perf_counter() - start
+            spent = []
+            for run, feed in prepared:
+                start = time.perf_counter()
+                self.last = run(feed)
+                spent.append(time.perf_counter() - start)
+            yield spent
+
+    def _run_for(self, inputs: Arrays) -> Callable[[Any], Any]:
+        """Return what answers: the model, or its decoding where tokens are asked for."""
+        if NEW not in inputs:
+            return self.loaded.run
+        if self.loaded.generate is None:
+            raise WorkerError("it cannot generate; measure it without --prompts")
+        return self.loaded.generate
 
 
 def resident_peak() -> int:

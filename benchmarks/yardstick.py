@@ -14,9 +14,10 @@ from typing import Any, Self
 import numpy as np
 import psutil
 
-from benchmarks.config import PROVIDERS, usable_cores
-from benchmarks.measure import agreement
+from benchmarks.config import usable_cores
+from benchmarks.runtimes import Place
 from benchmarks.statistics import MINIMUM_ROUNDS, percentile, sign_interval
+from benchmarks.timing import agreement
 from benchmarks.worker import Variant, Worker
 from calib_data.errors import ModelError
 from compress.checkpoint import Checkpoint
@@ -41,7 +42,7 @@ class Conditions(StageConfig):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shapes", tuple(tuple(shape) for shape in self.shapes))
-        one_of("--provider", self.provider, PROVIDERS)
+        one_of("--provider", self.provider, ("cpu", "cuda"))
         require(bool(self.shapes), "name at least one shape, as in 8x128")
         for shape in self.shapes:
             fits = len(shape) == 2 and all(isinstance(n, int) and n >= 1 for n in shape)
@@ -149,18 +150,18 @@ class Yardstick:
             workers = []
             for name, path in graphs.items():
                 variant = Variant(name, str(path), "onnx")
-                worker = Worker(variant, conditions.provider, conditions.used_threads)
+                worker = Worker(variant, Place(conditions.provider, conditions.used_threads))
                 workers.append(stack.enter_context(worker))
                 progress(f"loading {name}")
                 worker.load()
             shuffle = random.Random(0)
             for sample in self._samples:
                 for worker in workers:
-                    worker.warm_up(sample, 2.0)
+                    worker.warm_up([sample], 2.0)
                 for number in range(conditions.rounds):
                     progress(f"round {number + 1} of {conditions.rounds}")
                     for worker in shuffle.sample(workers, len(workers)):
-                        spent = worker.time(sample, conditions.seconds)
+                        spent = worker.time([sample], conditions.seconds)
                         times[worker.variant.name][number].append(percentile(spent, 50))
                 for worker in workers:
                     agreement(worker.timed_outputs(), None, None)  # raises for NaN

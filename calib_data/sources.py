@@ -5,7 +5,7 @@ Whatever the source calls its columns, an `Examples` names them by what they are
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,11 @@ class Examples:
     def limit(self, count: int | None, seed: int = 0) -> "Examples":
         """Return at most `count` examples, a seeded choice in their own order; None keeps all."""
         chosen = _choose(len(self), count, seed)
-        if len(chosen) == len(self):
-            return self
-        return replace(self, dataset=self.dataset.select(chosen, keep_in_memory=True))
+        return self if len(chosen) == len(self) else self.rows(chosen)
+
+    def rows(self, indices: Iterable[int]) -> "Examples":
+        """Return the examples at these indices, in this order."""
+        return replace(self, dataset=self.dataset.select(indices, keep_in_memory=True))
 
     def relabel(self, names: Sequence[str]) -> "Examples":
         """Return the examples with labels as indices into `names`, a model's own class names.

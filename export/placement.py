@@ -132,14 +132,17 @@ def require_products(placements: Mapping[str, Placement], provider: str) -> None
 
 
 def inspect_graphs(
-    path: Path, provider: str = "cpu", shape: tuple[int, int] = SHAPE
+    path: Path,
+    provider: str = "cpu",
+    shape: tuple[int, int] = SHAPE,
+    threads: int | None = None,
 ) -> dict[str, Placement]:
     """Return the placement of every graph of a bundle, or of one `.onnx` file, by name.
 
     Raises `ProviderError` where the provider is not obtained, `ModelError` where a graph does not run.
     """
     return {
-        name: _inspect(graph, signature, provider, shape)
+        name: _inspect(graph, signature, provider, shape, threads)
         for name, (graph, signature) in _graphs(path).items()
     }
 
@@ -158,10 +161,14 @@ def _graphs(path: Path) -> dict[str, tuple[Path, Signature | None]]:
 
 
 def _inspect(
-    path: Path, signature: Signature | None, provider: str, shape: tuple[int, int]
+    path: Path,
+    signature: Signature | None,
+    provider: str,
+    shape: tuple[int, int],
+    threads: int | None,
 ) -> Placement:
     """Open the graph with the profiler, run samples, and read what it wrote."""
-    session = open_session(path, provider)
+    session = open_session(path, provider, threads)
     samples = _samples(signature or _guessed(session), shape)
     options = session.get_session_options()
     del session  # it held the weights; the one to come does again

@@ -12,7 +12,11 @@ from onnx import TensorProto
 
 from calib_data.errors import ConfigError, ModelError, ProviderError
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
 _BFLOAT16 = "tensor(bfloat16)"
 _FLOATS: dict[str, Any] = {
     "tensor(float)": np.float32,
@@ -21,13 +25,18 @@ _FLOATS: dict[str, Any] = {
 }
 
 
-def provider_options(provider: str, tf32: bool = True) -> list[tuple[str, dict[str, str]]]:
-    """Return the providers of a session with their options.
+def provider_options(
+    provider: str, tf32: bool = True, settings: Mapping[str, str] | None = None
+) -> list[tuple[str, dict[str, str]]]:
+    """Return the providers of a session with their options, to which `settings` add.
 
-    CUDA multiplies float32 in TF32, with 10 bits of mantissa for 23, unless it is told not to.
+    CUDA multiplies float32 in TF32, with 10 bits of mantissa for 23, unless it is told not to. What
+    TensorRT cannot run goes to CUDA.
     """
-    options = {"use_tf32": "0"} if provider == "cuda" and not tf32 else {}
-    return [(PROVIDERS[provider], options)]
+    options = {"use_tf32": "0"} if provider != "cpu" and not tf32 else {}
+    if provider == "tensorrt":
+        return [(PROVIDERS[provider], dict(settings or {})), (PROVIDERS["cuda"], options)]
+    return [(PROVIDERS[provider], {**options, **(settings or {})})]
 
 
 def open_session(
@@ -36,13 +45,14 @@ def open_session(
     threads: int | None = None,
     optimize: bool = True,
     tf32: bool = True,
+    settings: Mapping[str, str] | None = None,
 ) -> ort.InferenceSession:
     """Return a session on exactly the provider asked for.
 
     ONNX Runtime opens a session for CUDA on a machine without one and runs it on the CPU without a
     word; here that is a `ProviderError`. `threads` pins the threads inside an operator; without `tf32`
-    float32 products are float32's on every provider, which whoever compares wants. Raises
-    `ModelError` for a graph that cannot be read.
+    float32 products are float32's on every provider, which whoever compares wants; `settings` are more
+    options of the provider. Raises `ModelError` for a graph that cannot be read.
     """
     if provider not in PROVIDERS:
         raise ConfigError(f"unknown provider {provider!r}; there are {', '.join(PROVIDERS)}")
@@ -58,11 +68,11 @@ def open_session(
         options.intra_op_num_threads = threads
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    if provider == "cuda" and hasattr(ort, "preload_dlls"):
+    if provider != "cpu" and hasattr(ort, "preload_dlls"):
         ort.preload_dlls()  # finds CUDA and cuDNN in torch's packages
     source = model if isinstance(model, bytes) else str(model)
     try:
-        session = ort.InferenceSession(source, options, provider_options(provider, tf32))
+        session = ort.InferenceSession(source, options, provider_options(provider, tf32, settings))
     except Exception as error:  # the pybind exceptions have no common base
         where = "the graph" if isinstance(model, bytes) else str(model)
         line = (str(error).splitlines() or [type(error).__name__])[0][:300]
@@ -106,15 +116,16 @@ def call(
     if not any(item.type == _BFLOAT16 for item in (*session.get_inputs(), *session.get_outputs())):
         found: list[np.ndarray] = session.run(names, feed)
         return found
-    values = {name: _value_of(array) for name, array in feed.items()}
+    values = {name: value_of(array) for name, array in feed.items()}
     return [array_of(value) for value in session.run_with_ort_values(names, values)]
 
 
-def _value_of(array: np.ndarray) -> ort.OrtValue:
+def value_of(array: np.ndarray, device: str = "cpu") -> ort.OrtValue:
+    """Return an array as a value in a device's memory; one of bfloat16, in the host's."""
     if array.dtype == ml_dtypes.bfloat16:
         bits = array.view(np.uint16)
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, TensorProto.BFLOAT16)
-    return ort.OrtValue.ortvalue_from_numpy(array)
+    return ort.OrtValue.ortvalue_from_numpy(array, device, 0)
 
 
 def array_of(value: ort.OrtValue) -> np.ndarray:

@@ -79,6 +79,6 @@ def _predict(checkpoint: "Checkpoint") -> "Predict":
 
 
 def _remembered(checkpoint: "Checkpoint") -> "Predict":
-    from benchmarks.measure import Remembered
+    from benchmarks.evaluation import Remembered
 
     return Remembered(_predict(checkpoint))

@@ -431,12 +431,13 @@ def _export(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) ->
 def _report(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) -> dict[str, Any]:
     from benchmarks.config import BenchmarkConfig
 
-    _check_settings(settings, {"bundles", "baseline", "title"}, _names(BenchmarkConfig))
+    _check_settings(settings, {"bundles", "baseline", "also", "title"}, _names(BenchmarkConfig))
     if not settings.get("bundles"):
         raise ConfigError("a report needs `bundles`, a list of export steps")
     choice = ReportChoice(
         bundles=tuple(settings["bundles"]),
         baseline=settings.get("baseline"),
+        also=tuple(settings.get("also", ())),
         title=settings.get("title"),
         command=recipe.command,
         config=_take(settings, BenchmarkConfig),

@@ -3,6 +3,7 @@
 Each function writes one directory, whole or not at all, and returns a JSON-able summary.
 """
 
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -420,6 +421,7 @@ def report_bundles(choice: ReportChoice, out: Path, run: Run) -> dict[str, Any]:
     earlier = read_reports(choice.earlier)
     if choice.also and choice.baseline is None:
         raise ConfigError(f"--also {choice.also[0]} is of a --baseline; name one")
+    journal = out.parent / f"{out.name}.measuring"  # until the report is whole
     variants = [Variant(name, path, "onnx") for name, path in choice.bundles]
     with staged_directory(out, run.overwrite) as staging, tempfile.TemporaryDirectory() as folder:
         if choice.baseline is not None:
@@ -432,6 +434,8 @@ def report_bundles(choice: ReportChoice, out: Path, run: Run) -> dict[str, Any]:
                 title=choice.title,
                 command=choice.command,
                 progress=lambda what, done, total: advance(what, done, total),
+                journal=journal,
             )
         write_report(report, staging, earlier)
+    shutil.rmtree(journal)
     return {"stage": "report", "path": str(out)}

@@ -14,7 +14,6 @@ from onnxpress.cli.options import (
     columns_option,
     common,
     out_option,
-    provider_option,
 )
 from onnxpress.stages import ALSO, ReportChoice, Run, redraw_reports, report_bundles
 from onnxpress.target import parse_shapes
@@ -39,10 +38,40 @@ def benchmark_group() -> None:
 @columns_option
 @click.option("--limit", type=int, help="Use at most this many examples of the data.")
 @click.option("--metric", "metrics", multiple=True, help="Instead of what task and data allow.")
-@provider_option
-@click.option("--threads", type=int, help="Per model; by default all cores.")
+@click.option(
+    "--provider", type=click.Choice(["cpu", "cuda", "tensorrt"]), default="cpu", show_default=True,
+    help="Execution provider; not obtaining it is an error.",
+)  # fmt: skip
+@click.option(
+    "--transfers", is_flag=True, help="On a GPU, time the way from and to the host as well."
+)
+@click.option(
+    "--cuda-graphs", is_flag=True, help="Record each input's kernels, launch them together."
+)
+@click.option("--threads", default="", help="Per model, as in 1,2; by default all cores.")
+@click.option("--streams", default="", help="Requests answered at once, as in 1,2.")
+@click.option(
+    "--target-latency", "target", type=float, metavar="MS",
+    help="With --streams: how many requests per second are answered in this time.",
+)  # fmt: skip
 @click.option("--shapes", default="1x32,8x128", show_default=True, help="Batch x length, …")
-@click.option("--rounds", type=int, default=10, show_default=True, help="Interleaved rounds.")
+@click.option("--traffic", help="Texts to measure as they come, in the batch sizes of --shapes.")
+@click.option("--traffic-columns", help="As --columns, for --traffic.")
+@click.option(
+    "--prompts", default="", help="Lengths of prompts that decoding starts from, as in 32,256."
+)
+@click.option("--new-tokens", type=int, default=32, show_default=True, help="After each prompt.")
+@click.option(
+    "--rounds", type=int, default=12, show_default=True, help="Interleaved rounds, at least."
+)
+@click.option(
+    "--precision", type=float, default=0.03, show_default=True,
+    help="Half of a speed-up's interval, as a share of it, that ends the rounds.",
+)  # fmt: skip
+@click.option(
+    "--max-time", type=float, default=300, show_default=True,
+    help="Seconds that rounds may take on a machine too noisy for --precision.",
+)  # fmt: skip
 @click.option("--title", help="Of the report.")
 @out_option
 @common
@@ -55,9 +84,19 @@ def report_command(
     limit: int | None,
     metrics: tuple[str, ...],
     provider: str,
-    threads: int | None,
+    transfers: bool,
+    cuda_graphs: bool,
+    threads: str,
+    streams: str,
+    target: float | None,
     shapes: str,
+    traffic: str | None,
+    traffic_columns: str | None,
+    prompts: str,
+    new_tokens: int,
     rounds: int,
+    precision: float,
+    max_time: float,
     title: str | None,
     out: Path,
     run: Run,
@@ -80,9 +119,19 @@ def report_command(
         return
     settings = {
         "shapes": parse_shapes(shapes),
+        "traffic": traffic,
+        "traffic_columns": traffic_columns,
+        "prompts": _numbers("--prompts", prompts),
+        "new_tokens": new_tokens,
         "rounds": rounds,
-        "threads": threads,
+        "precision": precision,
+        "max_time": max_time,
+        "threads": _numbers("--threads", threads),
+        "streams": _numbers("--streams", streams),
+        "target": target,
         "provider": provider,
+        "transfers": transfers,
+        "cuda_graphs": cuda_graphs,
         "eval": evaluation,
         "columns": columns,
         "limit": limit,
@@ -138,6 +187,13 @@ def comparison_text(found: "Comparison") -> str:
     lines += [f"! {line}" for line in found.missing]
     lines += [f"  {note}" for note in found.notes]
     return "\n".join(lines)
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise ConfigError(f"{option} must be whole numbers as in 1,2, got {text}") from error
 
 
 def show_report(directory: Path, output: Output) -> None:

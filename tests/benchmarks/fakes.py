@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from benchmarks.runtimes import Arrays, Loaded, Runtime, Source
+from benchmarks.runtimes import Arrays, Loaded, Place, Runtime, Source
 from calib_data.errors import ProviderError
 
 
@@ -32,15 +32,30 @@ def settings_of(model: str) -> dict[str, float]:
     return {name: float(value) for name, value in pairs}
 
 
-def opener(model: str, provider: str, threads: int) -> Loaded:
+def opener(model: str, place: Place) -> Loaded:
     settings = settings_of(model)
+    random = np.random.default_rng(0)
 
     def run(batch: Arrays) -> Arrays:
-        time.sleep(settings.get("sleep", 0.001))
+        noise = 1 + settings.get("noise", 0) * random.random()  # a share of the sleep
+        time.sleep(settings.get("sleep", 0.001) * noise)
         ids = np.asarray(batch["input_ids"], dtype=np.float32)
         return {"output": np.stack([ids.sum(1), ids[:, 0]], axis=1) * settings.get("factor", 1)}
 
-    return Loaded(lambda batch: batch, run, lambda outputs: outputs, (f"fake:{threads}",))
+    return Loaded(lambda batch: batch, run, lambda outputs: outputs, (f"fake:{place.threads}",))
+
+
+def _busy(model: str, place: Place) -> Loaded:
+    """Return a model that computes, `work` matrix products a call."""
+    matrix = np.random.default_rng(0).random((64, 64), np.float32)
+
+    def run(batch: Arrays) -> Arrays:
+        product = matrix
+        for _ in range(int(settings_of(model)["work"])):
+            product = (product @ matrix) / 64
+        return {"output": product[:1, :2]}
+
+    return Loaded(dict, run, lambda outputs: outputs, ("fake",))
 
 
 def broken(run: Callable[[Arrays], Arrays]) -> Runtime:
@@ -56,11 +71,12 @@ def _die(_: Arrays) -> Arrays:
     return {}
 
 
-def _no_provider(model: str, provider: str, threads: int) -> Loaded:
-    raise ProviderError(f"{provider} is not there; use --provider cpu")
+def _no_provider(model: str, place: Place) -> Loaded:
+    raise ProviderError(f"{place.provider} is not there; use --provider cpu")
 
 
 steady = Runtime(describe, opener)
+busy = Runtime(describe, _busy)
 raising = broken(_raise)
 dying = broken(_die)
 nan = broken(lambda batch: {"output": np.full((len(batch["input_ids"]), 2), np.nan, np.float32)})

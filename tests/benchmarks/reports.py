@@ -5,9 +5,19 @@ from dataclasses import replace
 import numpy as np
 
 from benchmarks.config import BenchmarkConfig
-from benchmarks.measure import Workload, _Timing, latency
-from benchmarks.report import BenchmarkReport, Environment, Latency, Quality, VariantReport
+from benchmarks.measure import latency
+from benchmarks.report import (
+    Arrivals,
+    BenchmarkReport,
+    Environment,
+    Latency,
+    Load,
+    Quality,
+    VariantReport,
+)
+from benchmarks.subjects import Timing
 from benchmarks.worker import WarmUp
+from benchmarks.workloads import Workload
 
 
 def rounds(median: float, seed: int, count: int = 8) -> list[list[float]]:
@@ -16,10 +26,22 @@ def rounds(median: float, seed: int, count: int = 8) -> list[list[float]]:
 
 
 def make_latency(milliseconds: float, base: float | None, batch: int, seed: int = 1) -> Latency:
-    shape = Workload(f"{batch} × 128", {}, batch, 128)
-    timing = _Timing(rounds(milliseconds / 1e3, seed), WarmUp(6, True), {}, 0.99)
+    shape = Workload(f"{batch} × 128", ({},), batch, 128, 128.0 * batch)
+    timing = Timing(rounds(milliseconds / 1e3, seed), WarmUp(6, True), {}, 0.99)
     baseline = None if base is None else rounds(base / 1e3, 0)
-    return latency(shape, timing, baseline, seed=0)
+    return latency(shape, timing, baseline, BenchmarkConfig())
+
+
+def make_load(milliseconds: float, streams: int) -> Load:
+    rate = 500 * streams / milliseconds
+    arrivals = [Arrivals(rate * share, 0.01, 0.02 * share, 0.05, 200) for share in (1, 2)]
+    return Load("1 × 128", streams, 2, 0.03, 2 * rate, rate, (0.9 * rate, 1.1 * rate), arrivals)
+
+
+def operators(seconds: float) -> dict[str, float]:
+    """Return nine operators, each of which takes half of what the one before does."""
+    names = ["MatMulInteger", "com.microsoft.FusedMatMul", *(f"Op{i}" for i in range(7))]
+    return {name: seconds / 2 ** (i + 1) for i, name in enumerate(names)}
 
 
 def make_variant(
@@ -40,6 +62,10 @@ def make_variant(
         providers=["CPUExecutionProvider"],
         load_seconds=0.42,
         peak_memory_bytes=int(size * 3e6) + 120_000_000,
+        operators={} if is_base else operators(milliseconds / 1e3),
+        placed={} if is_base else {"CPUExecutionProvider": 9},
+        copies=None if is_base else 0,
+        load=[make_load(milliseconds, streams) for streams in (1, 2)],
         latency=[
             make_latency(milliseconds / 7, base and base / 7, 1, seed),
             make_latency(milliseconds, base, 8, seed),
@@ -65,12 +91,14 @@ def make_report(command: str = "onnxpress benchmark report int8 -o out") -> Benc
             reason="its process was killed, perhaps for want of memory; free some",
             peak_memory_bytes=None,
             load_seconds=None,
+            operators={},
             latency=[],
+            load=[],
             quality=[],
         ),
     ]
     config = {
-        **BenchmarkConfig(eval="dev.csv", threads=2).to_json(),
+        **BenchmarkConfig(eval="dev.csv", threads=(2,)).to_json(),
         "shapes": [[1, 128], [8, 128]],
     }
     return BenchmarkReport(

@@ -85,7 +85,7 @@ def test_times_hold_on_the_same_machine_alone_and_factors_anywhere() -> None:
 
 def twice_as_slow(variant: VariantReport) -> VariantReport:
     slower = [
-        replace(x, median=2 * x.median, interval=(2 * x.interval[0], 2 * x.interval[1]))
+        replace(x, typical=2 * x.typical, interval=(2 * x.interval[0], 2 * x.interval[1]))
         for x in variant.latency
     ]
     return replace(variant, latency=slower)

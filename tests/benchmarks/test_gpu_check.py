@@ -37,7 +37,7 @@ def test_table_holds_what_was_found_and_why_the_rest_was_not(
     monkeypatch.setattr(gpu_check, "MODELS", ("bert",))
     bert = tmp_path / "bert"
     (bert / "report").mkdir(parents=True)
-    timed = {"name": "fp32", "latency": [{"workload": "1 × 32", "median": 0.00123}]}
+    timed = {"name": "fp32", "latency": [{"workload": "1 × 32", "typical": 0.00123}]}
     (bert / "report" / "report.json").write_text(json.dumps({"variants": [timed]}))
     (bert / "half.json").write_text(json.dumps({"1 × 32": 0.002}))
     exported = {"parity": {"worst": {"rms": 1e-6, "rms_allowed": 4e-6}}}

@@ -1,17 +1,22 @@
+import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
-from benchmarks import measure
-from benchmarks.measure import BenchmarkConfig, Remembered, Variant, agreement, benchmark
+from benchmarks import evaluation
+from benchmarks.evaluation import Remembered
+from benchmarks.journal import NAME
+from benchmarks.measure import BenchmarkConfig, Variant, benchmark
+from benchmarks.timing import agreement
 from benchmarks.worker import WorkerError
 from calib_data.errors import ConfigError, ProviderError
-from tests.benchmarks.fakes import FakeSignature
 
 FAKES = "tests.benchmarks.fakes:"
 CONFIG = BenchmarkConfig(
-    shapes=((1, 4), (2, 8)), rounds=6, seconds=0.004, threads=1, warm_up_seconds=0
+    shapes=((1, 4), (2, 8)), rounds=8, seconds=0.004, threads=(1,), warm_up_seconds=0, precision=9
 )
 
 
@@ -40,8 +45,8 @@ def test_good_and_bad_variants_make_one_report() -> None:
     assert [x.workload for x in fast.latency] == ["1 × 4", "2 × 8"]
     first = fast.latency[0]
     assert first.calls == sum(map(len, first.rounds))
-    assert len(first.rounds) == 6
-    assert first.interval[0] <= first.median <= first.interval[1] <= first.p99
+    assert len(first.rounds) == 8
+    assert first.interval[0] <= first.typical <= first.interval[1] <= first.p99
     assert first.speedup is not None
     assert first.agreement == pytest.approx(1)  # three times as much is the same direction
     assert base.latency[0].speedup is None
@@ -76,17 +81,6 @@ def test_names_must_tell_variants_apart() -> None:
         benchmark(twice[:1], "b")
     with pytest.raises(ConfigError, match="nothing to measure"):
         benchmark([])
-
-
-def test_workloads_of_images_have_no_sequence() -> None:
-    class Images(FakeSignature):
-        has_sequence = False
-
-    config = BenchmarkConfig(shapes=((1, 32), (1, 64), (8, 64)))
-    assert [(w.label, w.sequence) for w in measure.make_workloads(Images(), config)] == [
-        ("1", None),
-        ("8", None),
-    ]
 
 
 def test_agreement_looks_at_the_task_output_and_at_nan_everywhere() -> None:
@@ -128,14 +122,14 @@ class Scored(list):
 def test_quality_is_a_difference_paired_by_example() -> None:
     examples = Scored(range(8))
     baseline = Found("cosine", 1.0, np.ones(8))
-    same = measure.quality(baseline, baseline, examples, 0)
+    same = evaluation.quality(baseline, baseline, examples, 0)
     assert (same.difference, same.interval) == (0.0, None)
-    worse = measure.quality(Found("cosine", 0.9, np.full(8, 0.9)), baseline, examples, 0)
+    worse = evaluation.quality(Found("cosine", 0.9, np.full(8, 0.9)), baseline, examples, 0)
     assert worse.difference == pytest.approx(-0.1)
     assert worse.interval == pytest.approx((-0.1, -0.1))
-    assert measure.quality(Found("spearman", 80.0, None), None, examples, 0).difference is None
+    assert evaluation.quality(Found("spearman", 80.0, None), None, examples, 0).difference is None
     with pytest.raises(WorkerError, match="not a finite number"):
-        measure.quality(Found("spearman", float("nan"), None), None, examples, 0)
+        evaluation.quality(Found("spearman", float("nan"), None), None, examples, 0)
 
 
 def test_the_interval_is_that_of_the_metric_and_in_its_unit() -> None:
@@ -143,13 +137,59 @@ def test_the_interval_is_that_of_the_metric_and_in_its_unit() -> None:
     scores = Scored(random.random(100).tolist())
     good = Found("spearman", 99.0, np.asarray(scores) + 0.01 * random.random(100))
     shifted = Found("spearman", 99.0, good.per_example + 5)  # same ranks, other values
-    assert measure.quality(shifted, good, scores, 0).interval == (0, 0)
+    assert evaluation.quality(shifted, good, scores, 0).interval == (0, 0)
     half = np.arange(100) % 2
-    accuracy = measure.quality(
+    accuracy = evaluation.quality(
         Found("accuracy", 50.0, half), Found("accuracy", 100.0, np.ones(100)), scores, 0
     )
     assert accuracy.unit == "%"
     assert accuracy.interval is not None
     assert accuracy.interval[0] < -50 < accuracy.interval[1]
     tokens = Found("perplexity", 20.0, np.arange(100.0))  # tokens weigh alike there, not examples
-    assert measure.quality(tokens, tokens._replace(value=19.0), scores, 0).interval is None
+    assert evaluation.quality(tokens, tokens._replace(value=19.0), scores, 0).interval is None
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize(
+    "at", ["timing at 1 × 4, round 5", "timing at 2 × 8, round 3", "profiling"]
+)
+def test_what_was_measured_before_a_kill_is_not_measured_again(tmp_path: Path, at: str) -> None:
+    variants = [
+        Variant("base", "sleep=0.002", FAKES + "steady"),
+        Variant("fast", "sleep=0.001", FAKES + "steady"),
+    ]
+
+    def stop(what: str, done: int, total: int) -> None:
+        if what.startswith(at):
+            raise Killed
+
+    with pytest.raises(Killed):
+        benchmark(variants, config=CONFIG, progress=stop, journal=tmp_path)
+    lines = (tmp_path / NAME).read_text().splitlines()
+    kept = dict(map(json.loads, lines[1:]))
+    report = benchmark(variants, config=CONFIG, journal=tmp_path)
+    whole = [v for v in report.variants if v.status == "ok"]
+    assert len(whole) == 2
+    for key, value in kept.items():
+        kind, label, *number = json.loads(key)
+        if kind == "round":
+            for name, seconds in value.items():
+                latency = next(x for x in report.variant(name).latency if x.workload == label)
+                assert latency.rounds[number[0]] == pytest.approx(seconds, abs=1e-6)
+    assert any(json.loads(key)[0] == "round" for key in kept)
+
+
+def test_rounds_go_on_until_they_are_precise_or_time_is_up() -> None:
+    variants = [
+        Variant("base", "sleep=0.001", FAKES + "steady"),
+        Variant("noisy", "sleep=0.001,noise=0.5", FAKES + "steady"),
+    ]
+    config = replace(CONFIG, shapes=((1, 4),), precision=1e-4, max_time=2.0)
+    (noisy,) = benchmark(variants, config=config).variants[1].latency
+    assert len(noisy.rounds) > 8
+    assert not noisy.precise
+    easy = replace(config, precision=9.0)
+    assert len(benchmark(variants, config=easy).variants[1].latency[0].rounds) == 8

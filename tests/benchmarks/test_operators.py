@@ -9,6 +9,7 @@ import pytest
 from benchmarks import operators
 from benchmarks.operator_choices import CHOICES, Alternative, Choice, build
 from benchmarks.operators import OPERATORS, Row, Timing, largest_difference, measure, runs_as
+from benchmarks.runtimes import Place
 
 EVERY = [pytest.param(c, name, id=f"{c.name}: {name}") for c in CHOICES for name in c.alternatives]
 
@@ -24,7 +25,7 @@ def saved(choice: Choice, alternative: str, folder: Path) -> tuple[Path, dict[st
 def test_alternatives_agree(choice: Choice, name: str, tmp_path: Path) -> None:
     def outputs(alternative: str) -> dict[str, np.ndarray]:
         path, feed = saved(choice, alternative, tmp_path)
-        loaded = OPERATORS.open(str(path), "cpu", 1)
+        loaded = OPERATORS.open(str(path), Place())
         return dict(loaded.collect(loaded.run(loaded.prepare(feed))))
 
     found, expected = outputs(name), outputs(next(iter(choice.alternatives)))

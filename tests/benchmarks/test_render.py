@@ -59,7 +59,7 @@ def test_write_report_makes_files_that_agree(tmp_path: Path) -> None:
 def test_every_figure_is_a_line_of_the_csv() -> None:
     rows = list(csv.DictReader(io.StringIO(render_csv(renamed('a "name", with commas')))))
     named = [row for row in rows if row["variant"] == 'a "name", with commas']
-    median = next(r for r in named if r["quantity"] == "median" and r["workload"] == "8 × 128")
+    median = next(r for r in named if r["quantity"] == "typical" and r["workload"] == "8 × 128")
     assert 0.032 < float(median["low"]) < float(median["value"]) < float(median["high"]) < 0.033
     assert median["unit"] == "s"
     assert {"size", "speed-up", "spearman", "spearman, difference"} <= {
@@ -93,10 +93,18 @@ def test_the_page_loads_nothing_and_is_the_same_each_time() -> None:
     page = Page(html)
     assert all(link.startswith(("#", "data:")) for link in page.links)
     assert not {"link", "iframe", "img", "object"} & set(page.tags) - {"link"}
-    assert page.tags.count("svg") == 2 + 2 + 2  # latency, quality (wide and narrow), resources
+    # latency, load, resources, and wide and narrow: quality and operators
+    assert page.tags.count("svg") == 2 + 2 + 2 + 2 + 2
     assert len(page.ids) == len(set(page.ids))
-    assert page.tags.count("caption") == page.tags.count("table") == 4
+    assert page.tags.count("caption") == page.tags.count("table") == 7
     assert render_html(make_report()) == html
+
+
+def test_operators_are_told_the_costliest_first() -> None:
+    text = render_markdown(make_report())
+    assert "| int8 | MatMulInteger | 16.2 ms | 50 % |" in text
+    assert "| int8 | others | 0.444 ms | 1 % |" in text
+    assert "int8: 9 on CPUExecutionProvider, 0 copies between devices" in text
 
 
 def test_plots_take_their_colours_from_the_page() -> None:

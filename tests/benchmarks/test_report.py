@@ -21,7 +21,7 @@ def test_a_report_round_trips_through_json(tmp_path: Path) -> None:
 
 
 def test_another_schema_is_refused() -> None:
-    with pytest.raises(DataError, match="schema 99, this version reads 1"):
+    with pytest.raises(DataError, match="schema 99, this version reads 2"):
         BenchmarkReport.from_json({**plain(), "schema": 99})
     for other in ({}, [], "text"):
         with pytest.raises(DataError, match="not a benchmark report"):
@@ -44,9 +44,9 @@ def damage(path: list[str | int], value: Any) -> dict[str, Any]:
     ("path", "value", "message"),
     [
         (
-            ["variants", 1, "latency", 0, "median"],
+            ["variants", 1, "latency", 0, "typical"],
             "fast",
-            r"variants\[1\].latency\[0\].median must",
+            r"variants\[1\].latency\[0\].typical must",
         ),
         (["variants", 0, "size_bytes"], 1.5, "size_bytes must be int"),
         (["variants", 0, "latency", 0, "settled"], 1, "settled must be bool"),

@@ -12,7 +12,8 @@ from onnx import TensorProto, helper, save
 
 from benchmarks.config import BenchmarkConfig
 from benchmarks.measure import benchmark
-from benchmarks.runtimes import RUNTIMES
+from benchmarks.runtimes import RUNTIMES, Place
+from benchmarks.summary import notes
 from benchmarks.worker import Variant
 from calib_data.errors import ConfigError, ModelError
 from onnxpress.cli import onnxpress_group
@@ -33,7 +34,7 @@ def write_graph(directory: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["model.onnx", ""])
 def test_a_graph_opens_from_a_file_and_a_directory(tmp_path: Path, name: str) -> None:
-    loaded = RUNTIMES["onnx"].open(str(write_graph(tmp_path) / name), "cpu", 1)
+    loaded = RUNTIMES["onnx"].open(str(write_graph(tmp_path) / name), Place())
     feed = loaded.prepare({"x": np.ones((2, 3), np.float32), "labels": np.zeros(2)})
     assert list(feed) == ["x"]
     assert loaded.collect(loaded.run(feed))["y"].tolist() == [[2, 2, 2]] * 2
@@ -47,7 +48,7 @@ def test_a_graph_in_half_precision_takes_the_sample_of_the_others(tmp_path: Path
         [helper.make_node("Identity", ["x"], ["y"])], "g", [value[0]], [value[1]]
     )
     save(helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 20)]), path)
-    loaded = RUNTIMES["onnx"].open(str(path), "cpu", 1)
+    loaded = RUNTIMES["onnx"].open(str(path), Place())
     sample = np.array([[1.0, 2.5]], np.float32)
     (found,) = loaded.collect(loaded.run(loaded.prepare({"x": sample}))).values()
     assert found.dtype == np.float16
@@ -63,8 +64,8 @@ def test_what_is_not_there_is_told_before_measuring(tmp_path: Path) -> None:
 def test_opening_a_graph_imports_no_torch(tmp_path: Path) -> None:
     """The memory of a graph's worker is a figure of the report; PyTorch would be 200 MB of it."""
     code = (
-        "import sys; from benchmarks.runtimes import RUNTIMES; "
-        f"RUNTIMES['onnx'].open({str(write_graph(tmp_path))!r}, 'cpu', 1); "
+        "import sys; from benchmarks.runtimes import RUNTIMES, Place; "
+        f"RUNTIMES['onnx'].open({str(write_graph(tmp_path))!r}, Place()); "
         "print(*{'torch', 'transformers'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -88,10 +89,10 @@ def test_a_checkpoint_and_its_bundle_are_measured_alike(tmp_path: Path) -> None:
         ],
         config=BenchmarkConfig(
             shapes=((2, 8),),
-            rounds=6,
+            rounds=8,
             seconds=0.01,
             warm_up_seconds=0.1,
-            threads=1,
+            threads=(1,),
             eval=str(tmp_path / "pairs.tsv"),
             columns="text,text_pair,score",
         ),
@@ -123,7 +124,7 @@ def test_a_decoder_with_cache_is_measured_like_its_checkpoint(tmp_path: Path) ->
         Variant("graph", str(tmp_path / "bundle"), "onnx"),
     ]
     config = BenchmarkConfig(
-        shapes=((2, 8),), rounds=6, seconds=0.01, warm_up_seconds=0.1, threads=1
+        shapes=((2, 8),), rounds=8, seconds=0.01, warm_up_seconds=0.1, threads=(1,)
     )
     for baseline in ("PyTorch", "graph"):  # whose inputs are those that all are timed on
         evaluated = replace(config, eval=str(tmp_path / "text.txt"), metrics=("perplexity",))
@@ -191,6 +192,52 @@ def test_a_graph_of_another_tool_is_no_baseline(tmp_path: Path) -> None:
         benchmark([Variant("foreign", str(path))])
 
 
+def test_a_graph_of_another_tool_is_judged_by_what_it_shares(tmp_path: Path) -> None:
+    """Hidden states under another name are pooled; where nothing fits, nothing is claimed."""
+    import onnx
+
+    from compress.loading import open_checkpoint
+    from export.graph import ExportConfig
+    from export.publish import export_onnx
+
+    write_sentence_encoder(tmp_path / "model")
+    bundle, _ = export_onnx(
+        open_checkpoint(tmp_path / "model"), tmp_path / "bundle", ExportConfig()
+    )
+    graph = onnx.load(bundle.path / "model.onnx")
+    hidden = graph.graph.output[0].name
+    del graph.graph.output[1:]
+    graph.graph.node.append(helper.make_node("Identity", [hidden], ["theirs"]))
+    graph.graph.output[0].name = "theirs"
+    onnx.save(graph, tmp_path / "hidden.onnx")
+    graph.graph.node[-1].op_type = "Shape"
+    graph.graph.output[0].CopyFrom(helper.make_tensor_value_info("theirs", TensorProto.INT64, [3]))
+    onnx.save(graph, tmp_path / "shape.onnx")
+    (tmp_path / "text.txt").write_text("the cat sat\na red bird flew over the large tree\ngreen\n")
+    variants = [
+        Variant("PyTorch", str(tmp_path / "model"), "pytorch"),
+        Variant("hidden", str(tmp_path / "hidden.onnx")),
+        Variant("shape", str(tmp_path / "shape.onnx")),
+    ]
+    config = BenchmarkConfig(
+        shapes=((2, 8),),
+        rounds=8,
+        seconds=0.01,
+        warm_up_seconds=0.1,
+        threads=(1,),
+        max_time=1,
+        eval=str(tmp_path / "text.txt"),
+    )
+    report = benchmark(variants, config=config)
+    _, pooled, stranger = report.variants
+    assert (pooled.status, stranger.status) == ("ok", "ok"), (pooled.reason, stranger.reason)
+    assert pooled.latency[0].agreement == pytest.approx(1, abs=1e-4)
+    assert {x.metric for x in pooled.quality} >= {"cosine_fidelity"}
+    assert all(x.value == pytest.approx(1, abs=1e-4) for x in pooled.quality)
+    assert (stranger.latency[0].agreement, stranger.quality) == (None, [])
+    assert any("shape shares no output with PyTorch" in note for note in notes(report))
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler: g++")
 def test_a_compiled_model_and_a_plain_graph_stand_beside_the_others(tmp_path: Path) -> None:
     write_sentence_encoder(tmp_path / "model")
@@ -199,7 +246,7 @@ def test_a_compiled_model_and_a_plain_graph_stand_beside_the_others(tmp_path: Pa
         "report",
         f"ours={tmp_path / 'model'}/../plain/model.onnx",
         "--rounds",
-        "6",
+        "8",
     ]
     (tmp_path / "plain").mkdir()
     import onnx_ir as ir

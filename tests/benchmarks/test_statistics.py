@@ -12,31 +12,31 @@ def test_settled_needs_two_windows_and_equal_medians() -> None:
     assert statistics.settled([1, 1, 1, 1, 50, 1])  # one outlier does not prolong the warm-up
 
 
-def test_median_interval_matches_scipy_where_rounds_are_single_calls() -> None:
+def test_typical_interval_matches_scipy_where_rounds_are_single_calls() -> None:
     values = np.random.default_rng(0).gamma(4, size=60)
-    ours = statistics.median_interval([[v] for v in values], seed=0, resamples=4000)
+    ours = statistics.typical_interval([[v] for v in values], seed=0, resamples=4000)
     theirs = stats.bootstrap(
         (values,), np.median, method="percentile", n_resamples=4000, rng=1
     ).confidence_interval
     assert ours == pytest.approx((theirs.low, theirs.high), rel=0.03)
 
 
-def test_median_interval_widens_with_drift_between_rounds() -> None:
+def test_typical_interval_widens_with_drift_between_rounds() -> None:
     random = np.random.default_rng(0)
     steady = [(1 + 0.01 * random.normal(size=50)).tolist() for _ in range(8)]
     drifting = [[v * (1 + 0.05 * i) for v in calls] for i, calls in enumerate(steady)]
-    low, high = statistics.median_interval(steady, seed=0)
+    low, high = statistics.typical_interval(steady, seed=0)
     assert low <= 1.002
     assert high >= 0.998
-    drift_low, drift_high = statistics.median_interval(drifting, seed=0)
+    drift_low, drift_high = statistics.typical_interval(drifting, seed=0)
     assert drift_high - drift_low > 10 * (high - low)
 
 
-def test_median_interval_is_seeded_and_without_spread_a_point() -> None:
-    assert statistics.median_interval([[2.0, 2.0]] * 6, seed=3) == (2.0, 2.0)
+def test_typical_interval_is_seeded_and_without_spread_a_point() -> None:
+    assert statistics.typical_interval([[2.0, 2.0]] * 6, seed=3) == (2.0, 2.0)
     rounds = np.random.default_rng(1).random((6, 9)).tolist()
-    first = statistics.median_interval(rounds, seed=3)
-    assert first == statistics.median_interval(rounds, seed=3)
+    first = statistics.typical_interval(rounds, seed=3)
+    assert first == statistics.typical_interval(rounds, seed=3)
 
 
 def test_round_ratios_cancel_drift() -> None:
@@ -55,6 +55,8 @@ def test_sign_interval_matches_the_tables(n: int, dropped: int) -> None:
 
 
 def test_too_few_rounds_have_no_interval() -> None:
+    with pytest.raises(ValueError, match="7 values cannot give an interval of 99%"):
+        statistics.sign_interval([1.0] * 7, 0.99)
     with pytest.raises(ValueError, match="5 values"):
         statistics.sign_interval([1.0] * 5)
 
@@ -68,8 +70,7 @@ def test_equal_models_show_no_difference_and_slower_ones_do() -> None:
         slower = [[1.05 * v for v in calls] for calls in noise[2]]
         base = noise[0]
         for rounds, counter in ((noise[1], "same"), (slower, "slower")):
-            interval = statistics.sign_interval(statistics.round_ratios(rounds, base))
-            different = statistics.is_different(interval)
+            different = statistics.is_different(statistics.round_ratios(rounds, base))
             false += different and counter == "same"
             found += different and counter == "slower"
     assert false <= 10

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.runtimes import find_runtime
+from benchmarks.runtimes import Place, find_runtime
 from benchmarks.worker import Variant, Worker, WorkerError, resident_peak
 from calib_data.errors import ConfigError, ProviderError
 
@@ -13,12 +13,14 @@ FAKES = "tests.benchmarks.fakes:"
 
 def test_a_worker_loads_times_and_predicts() -> None:
     inputs = {"input_ids": np.array([[1, 2], [3, 4]])}
-    with Worker(Variant("fake", "sleep=0.001,factor=2", FAKES + "steady"), threads=1) as worker:
+    with Worker(
+        Variant("fake", "sleep=0.001,factor=2", FAKES + "steady"), Place(threads=1)
+    ) as worker:
         assert worker.load().providers == ("fake:1",)
-        assert 3 <= worker.warm_up(inputs, 0.0).calls <= 4
-        assert worker.warm_up(inputs, 60.0).settled
-        assert len(worker.time(inputs, seconds=60, calls=5)) == 5
-        times = worker.time(inputs, seconds=0.01)
+        assert 3 <= worker.warm_up([inputs], 0.0).calls <= 4
+        assert worker.warm_up([inputs], 60.0).settled
+        assert len(worker.time([inputs], seconds=60, most=5)) == 5
+        times = worker.time([inputs], seconds=0.01)
         assert sum(times[:-1]) < 0.01 <= sum(times)
         assert worker.timed_outputs()["output"].tolist() == [[6, 2], [14, 6]]
         assert worker.predict({"input_ids": inputs["input_ids"] + 1})["output"][0, 1] == 4
@@ -39,7 +41,7 @@ def test_failures_are_told_and_a_model_that_raised_can_go_on() -> None:
         for _ in range(2):  # once by its death, once by being dead
             with pytest.raises(WorkerError, match="killed"):
                 worker.predict(inputs)
-    with Worker(Variant("providerless", "x", FAKES + "providerless"), "cuda") as worker:
+    with Worker(Variant("providerless", "x", FAKES + "providerless"), Place("cuda")) as worker:
         with pytest.raises(ProviderError, match="cuda is not there") as caught:
             worker.load()
         assert caught.value.exit_code == 5
@@ -76,7 +78,7 @@ def test_no_heavy_import_and_threads_in_the_child(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), paths]))
         patch.syspath_prepend(str(tmp_path))
-        with Worker(Variant("probe", "x", "probe_runtime:probe"), threads=3) as worker:
+        with Worker(Variant("probe", "x", "probe_runtime:probe"), Place(threads=3)) as worker:
             worker.load()
             found = worker.predict({})
     assert found["heavy"].tolist() == [0]

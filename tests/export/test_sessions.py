@@ -77,8 +77,12 @@ def test_outputs_by_name_from_more_inputs_than_needed(tmp_path: Path) -> None:
 
 
 def test_who_compares_gets_float32_products() -> None:
-    for provider, name in PROVIDERS.items():
-        assert provider_options(provider) == [(name, {})]
+    for provider in ("cpu", "cuda"):
+        assert provider_options(provider) == [(PROVIDERS[provider], {})]
+    assert provider_options("tensorrt", False, {"trt_fp16_enable": "1"}) == [
+        (PROVIDERS["tensorrt"], {"trt_fp16_enable": "1"}),
+        (PROVIDERS["cuda"], {"use_tf32": "0"}),
+    ]
     assert provider_options("cuda", tf32=False) == [(PROVIDERS["cuda"], {"use_tf32": "0"})]
     assert provider_options("cpu", tf32=False) == [(PROVIDERS["cpu"], {})]
 

@@ -1,0 +1,40 @@
+"""What energy the machine says it has used: Intel's and AMD's RAPL for processors, NVML for GPUs."""
+
+import contextlib
+from pathlib import Path
+
+from benchmarks import gpus
+
+_RAPL = Path("/sys/class/powercap")
+
+
+class Meter:
+    """The joules that a machine has used since some moment; None where it does not tell.
+
+    Processors count per package, the whole machine's work together, in microjoules that wrap around.
+    """
+
+    def __init__(self, provider: str = "cpu", rapl: Path = _RAPL) -> None:
+        self._gpus = gpus.energy_meters() if provider != "cpu" else []
+        self._packages: list[tuple[Path, int]] = []
+        self._last: list[int] = []
+        self._passed: list[int] = []  # by each package, in microjoules
+        for folder in sorted(rapl.glob("*-rapl:?")):
+            with contextlib.suppress(OSError, ValueError):
+                limit = int((folder / "max_energy_range_uj").read_text())
+                self._last.append(int((folder / "energy_uj").read_text()))  # root's alone in places
+                self._packages.append((folder / "energy_uj", limit))
+                self._passed.append(0)
+
+    def joules(self) -> float | None:
+        """Return the energy used since the meter was made, of all that tell."""
+        if not self._packages and not self._gpus:
+            return None
+        for i, (path, limit) in enumerate(self._packages):
+            now = int(path.read_text())
+            self._passed[i] += (
+                (now - self._last[i]) % limit if now < self._last[i] else now - self._last[i]
+            )
+            self._last[i] = now
+        used = sum(self._passed) / 1e6
+        return used + sum(gpu() / 1e3 for gpu in self._gpus)

@@ -1,0 +1,23 @@
+"""Graphs of other tools: what they compute under other names, or leave to their users."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from benchmarks.runtimes import Arrays, Source
+
+
+def completed(outputs: Arrays, inputs: Mapping[str, Any], reference: Source) -> Arrays:
+    """Return outputs of a graph with the one that the baseline is about, where it follows from them.
+
+    A graph that ends in hidden states, (batch, sequence, width), is pooled as the baseline is. Where
+    nothing fits, the outputs are returned as they are.
+    """
+    name = reference.output
+    if name is None or name in outputs or reference.head is None:
+        return outputs
+    hidden = next((values for values in outputs.values() if np.ndim(values) == 3), None)
+    if hidden is None or "attention_mask" not in inputs:
+        return outputs
+    return {**outputs, name: reference.head(hidden, np.asarray(inputs["attention_mask"]))}

@@ -1,0 +1,205 @@
+"""How fast variants are: interleaved rounds, measured on until they are precise, and checked."""
+
+import dataclasses
+import random
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from benchmarks import statistics
+from benchmarks.config import BenchmarkConfig
+from benchmarks.foreign import completed
+from benchmarks.journal import Journal
+from benchmarks.runtimes import NEW, Arrays
+from benchmarks.subjects import Steps, Subject, Timing
+from benchmarks.worker import WarmUp, WorkerError
+from benchmarks.workloads import Workload
+
+
+class Clock:
+    """Deals out the time that all rounds may take: what one workload leaves, the next ones have."""
+
+    def __init__(self, seconds: float, workloads: int) -> None:
+        self._end, self._left = time.monotonic() + seconds, workloads
+
+    def share(self) -> float:
+        """Return until when the next workload may take."""
+        now = time.monotonic()
+        self._left -= 1
+        return now + max(0.0, self._end - now) / (self._left + 1)
+
+
+def time_all(
+    subjects: Sequence[Subject],
+    reference: Subject,
+    workload: Workload,
+    config: BenchmarkConfig,
+    deadline: float,
+    journal: Journal,
+    step: Steps,
+) -> None:
+    """Time all subjects in rounds, each round in another order, one of them at any moment.
+
+    There are as many rounds as `config` says, and more until every ratio to the reference is precise or
+    the deadline is over.
+    """
+    label = workload.label
+    for subject in subjects:
+        subject.timings[label] = Timing()
+    if _restore(subjects, label, journal, step, config.rounds):
+        return
+    for subject in subjects:
+        step(f"warming up {subject.name} at {label}")
+        warm_up = subject.worker.warm_up
+        warm = subject.attempt(warm_up, workload.calls, config.warm_up_seconds)
+        subject.timings[label].warm_up = warm or WarmUp(0, False)
+        subject.attempt(subject.worker.joules)  # those before do not count
+    shuffle = random.Random(config.seed)
+    number = 0
+    while number < config.rounds or not (
+        time.monotonic() > deadline or _precise(subjects, reference, workload, config.precision)
+    ):
+        order = shuffle.sample(subjects, len(subjects))
+        _round(order, workload, number, config, journal, step)
+        number += 1
+    for subject in subjects:
+        timing = subject.timings[label]
+        timing.outputs = subject.attempt(subject.worker.timed_outputs) or {}
+        timing.joules = subject.attempt(subject.worker.joules)
+    _check_outputs(subjects, reference, workload)
+    done = {
+        subject.name: {
+            "warm_up": dataclasses.asdict(subject.timings[label].warm_up),
+            "agreement": subject.timings[label].agreement,
+            "joules": subject.timings[label].joules,
+            "rounds": number,
+        }
+        for subject in subjects
+        if subject.failure is None
+    }
+    journal.put("workload", label, value=done)
+
+
+def _round(
+    order: Sequence[Subject],
+    workload: Workload,
+    number: int,
+    config: BenchmarkConfig,
+    journal: Journal,
+    step: Steps,
+) -> None:
+    """Time every subject once, or look up that round."""
+    label, extra = workload.label, number >= config.rounds
+    kept = journal.get("round", label, number)
+    spent: dict[str, list[float]] = {}
+    for subject in order:
+        step(f"timing at {label}, round {number + 1}", extra)
+        if kept is not None and subject.name in kept:
+            seconds = kept[subject.name]
+        else:
+            seconds = subject.attempt(subject.worker.time, workload.calls, config.seconds)
+        if seconds is not None and subject.failure is None:
+            spent[subject.name] = seconds
+            subject.timings[label].rounds.append(seconds)
+    if kept is None:
+        journal.put("round", label, number, value=spent)
+
+
+def _restore(
+    subjects: Sequence[Subject], label: str, journal: Journal, step: Steps, rounds: int
+) -> bool:
+    """Take a finished workload from the journal, if it has it for all subjects."""
+    done = journal.get("workload", label)
+    if done is None or any(s.failure is None and s.name not in done for s in subjects):
+        return False
+    for subject in subjects:
+        for _ in range(1 + rounds):
+            step(f"{subject.name} at {label} is known")
+        if subject.failure is not None:
+            continue
+        known, timing = done[subject.name], subject.timings[label]
+        timing.warm_up = WarmUp(**known["warm_up"])
+        timing.agreement, timing.joules = known["agreement"], known["joules"]
+        for number in range(known["rounds"]):
+            timing.rounds.append(journal.get("round", label, number)[subject.name])
+    return True
+
+
+def _precise(
+    subjects: Sequence[Subject], reference: Subject, workload: Workload, precision: float
+) -> bool:
+    """Return whether the ratios to the reference, or all times without one, are as sure as asked for."""
+    live = [subject for subject in subjects if subject.failure is None]
+    compared = [s for s in live if s is not reference] if reference.failure is None else []
+    return all(
+        _width(subject, reference if compared else None, workload) <= precision
+        for subject in compared or live
+    )
+
+
+def _width(subject: Subject, reference: Subject | None, workload: Workload) -> float:
+    """Return half of the interval of a ratio, or of a time, as a share of it."""
+    rounds = subject.timings[workload.label].rounds
+    if reference is None:
+        whole = statistics.typical(statistics.pooled(rounds), workload.ragged)
+        interval = statistics.typical_interval(
+            rounds, seed=0, ragged=workload.ragged, resamples=200
+        )
+        return statistics.half_width(whole, interval)
+    theirs = reference.timings[workload.label].rounds
+    ratios = statistics.round_ratios(rounds, theirs, workload.ragged)
+    return statistics.half_width(
+        statistics.percentile(ratios, 50), statistics.sign_interval(ratios)
+    )
+
+
+def _check_outputs(subjects: Sequence[Subject], reference: Subject, workload: Workload) -> None:
+    """Compare what the timed calls computed with the baseline's: a fast wrong model cannot win."""
+    expected = reference.timings[workload.label].outputs if reference.failure is None else None
+    generated = any(NEW in call for call in workload.calls)
+    name = None if generated else reference.source.output
+    if expected is not None and name not in expected:
+        name = next(iter(expected), None)
+    for subject in subjects:
+        timing = subject.timings[workload.label]
+        compare = same_tokens if generated else agreement
+        outputs, wanted = timing.outputs, name
+        if subject.source.foreign and not generated:
+            outputs = completed(outputs, workload.calls[-1], reference.source)
+            wanted = name if name in outputs else None  # then nobody knows
+        timing.agreement = subject.attempt(compare, outputs, expected, wanted)
+    for subject in subjects:
+        subject.timings[workload.label].outputs = {}
+
+
+def same_tokens(outputs: Arrays, expected: Arrays | None, name: str | None) -> float | None:
+    """Return the share of generated tokens that are the expected ones."""
+    if expected is None or name is None:
+        return None
+    ours, theirs = outputs[name], expected[name]
+    if ours.shape != theirs.shape:
+        raise WorkerError(f"it made {ours.shape} tokens, the baseline {theirs.shape}")
+    return float((ours == theirs).mean())
+
+
+def agreement(outputs: Arrays, expected: Arrays | None, name: str | None) -> float | None:
+    """Return the least cosine over examples between one output and the expected one.
+
+    Raises `WorkerError` for an output that is missing, not finite, or of another shape.
+    """
+    for key, values in outputs.items():
+        if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
+            raise WorkerError(f"output {key} of the timed calls holds NaN or infinite values")
+    if expected is None or name is None:
+        return None
+    if name not in outputs:
+        raise WorkerError(
+            f"it has no output {name}, which the baseline has; it has {', '.join(outputs)}"
+        )
+    ours, theirs = outputs[name], expected[name]
+    if ours.shape != theirs.shape:
+        raise WorkerError(
+            f"output {name} has shape {ours.shape}, the baseline's has {theirs.shape}"
+        )
+    return float(statistics.row_cosines(ours, theirs).min())
