@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import statistics
-from benchmarks.report import BenchmarkReport, Interval, VariantReport
+from benchmarks.report import BenchmarkReport, SpeedUp, VariantReport, speedup_of
 
 _WRAPPING = ("export",)  # stages that change no model
 
@@ -18,8 +18,8 @@ class Step:
     parent: VariantReport
     stages: tuple[str, ...]  # that lie between them, in order
 
-    def speedup(self, workload: str) -> tuple[float, Interval] | None:
-        """Return how many times faster than the parent, with its interval, round by round."""
+    def speedup(self, workload: str) -> SpeedUp | None:
+        """Return how many times faster than the parent, round by round."""
         pair = [
             next((x for x in v.latency if x.workload == workload), None)
             for v in (self.variant, self.parent)
@@ -28,7 +28,7 @@ class Step:
         if ours is None or theirs is None or len(ours.rounds) != len(theirs.rounds):
             return None
         ratios = statistics.round_ratios(ours.rounds, theirs.rounds, ours.kind == "traffic")
-        return statistics.percentile(ratios, 50), statistics.sign_interval(ratios)
+        return speedup_of(ratios)
 
     def quality(self, metric: str | None) -> float | None:
         """Return by how much a metric differs from the parent's."""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from export.sessions import array_of, value_of, widened
+from export.sessions import BFLOAT16, array_of, value_of, widened
 
 GRAPHS = {"enable_cuda_graph": "1"}  # an option of the CUDA provider
 
@@ -18,6 +18,7 @@ class Feed:
 
     binding: Any
     options: Any
+    values: tuple[Any, ...]  # the inputs' buffers, where they are kept
 
 
 class BoundSession:
@@ -29,29 +30,52 @@ class BoundSession:
 
     def __init__(self, session: ort.InferenceSession, device: str, graphs: bool = False) -> None:
         self._session, self._device, self._graphs = session, device, graphs
-        self._names = [item.name for item in session.get_outputs()]
-        self._feeds = 0
+        # NumPy has no bfloat16 that ONNX Runtime would copy for us
+        self._places = {
+            item.name: "cpu" if item.type == BFLOAT16 else device for item in session.get_outputs()
+        }
+        self._recorded: dict[tuple[tuple[str, tuple[int, ...]], ...], Feed] = {}
 
     def prepare(self, inputs: Mapping[str, np.ndarray]) -> Feed:
-        """Put a complete feed's arrays on the device."""
-        options = ort.RunOptions()
+        """Put a complete feed's arrays on the device; where kernels are recorded, into those buffers."""
+        if self._graphs:
+            return self._record(inputs)
+        return Feed(self._bind(inputs), ort.RunOptions(), ())
+
+    def _bind(self, inputs: Mapping[str, np.ndarray]) -> Any:
         binding = self._session.io_binding()
         for name, array in inputs.items():
             binding.bind_ortvalue_input(name, value_of(array, self._device))
-        for name in self._names:
-            binding.bind_output(name, self._device)
+        for name, place in self._places.items():
+            binding.bind_output(name, place)
         binding.synchronize_inputs()
-        if self._graphs:
-            options.add_run_config_entry("gpu_graph_id", "-1")  # this run is not recorded
-            self._session.run_with_iobinding(binding, options)
+        return binding
+
+    def _record(self, inputs: Mapping[str, np.ndarray]) -> Feed:
+        """Return the feed of these shapes, its kernels recorded at its first run, with these values."""
+        shapes = tuple((name, array.shape) for name, array in inputs.items())
+        if shapes not in self._recorded:
+            values = {name: value_of(array, self._device) for name, array in inputs.items()}
+            binding = self._session.io_binding()
+            for name, value in values.items():
+                binding.bind_ortvalue_input(name, value)
+            for name, place in self._places.items():
+                binding.bind_output(name, place)
+            self._session.run_with_iobinding(
+                binding, _graph(-1)
+            )  # not recorded: it makes the outputs
             made = binding.get_outputs()
             binding.clear_binding_outputs()
-            for name, value in zip(self._names, made, strict=True):  # what is recorded writes there
+            for name, value in zip(
+                self._places, made, strict=True
+            ):  # what is recorded writes there
                 binding.bind_ortvalue_output(name, value)
-            self._feeds += 1
-            options = ort.RunOptions()
-            options.add_run_config_entry("gpu_graph_id", str(self._feeds))
-        return Feed(binding, options)
+            number = len(self._recorded)
+            self._recorded[shapes] = Feed(binding, _graph(number), tuple(values.values()))
+        feed = self._recorded[shapes]
+        for value, array in zip(feed.values, inputs.values(), strict=True):
+            value.update_inplace(array)
+        return feed
 
     def run(self, feed: Feed) -> Feed:
         """Compute the outputs, and wait for the device to be done."""
@@ -62,5 +86,12 @@ class BoundSession:
     def collect(self, feed: Feed) -> dict[str, np.ndarray]:
         """Return the outputs by name, brought to the host."""
         values = feed.binding.get_outputs()
-        pairs = zip(self._names, values, strict=True)
+        pairs = zip(self._places, values, strict=True)
         return {name: widened(array_of(value)) for name, value in pairs}
+
+
+def _graph(number: int) -> Any:
+    """Return the options of a run that records a CUDA graph, or launches it; -1 does neither."""
+    options = ort.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(number))
+    return options

@@ -44,7 +44,7 @@ class BenchmarkConfig(StageConfig):
             fits = len(shape) == 2 and all(isinstance(n, int) and n >= 1 for n in shape)
             require(fits, f"a shape is batch × sequence, both at least 1, got {shape}")
         require(len(set(self.shapes)) == len(self.shapes), "a shape is named twice; name it once")
-        object.__setattr__(self, "prompts", tuple(self.prompts))
+        object.__setattr__(self, "prompts", tuple(dict.fromkeys(self.prompts)))
         require(
             self.rounds >= DECISIVE_ROUNDS,
             f"rounds must be at least {DECISIVE_ROUNDS}, got {self.rounds}: "
@@ -63,7 +63,8 @@ class BenchmarkConfig(StageConfig):
             f"warm-up seconds must not be negative, got {self.warm_up_seconds}",
         )
         for name in ("threads", "streams"):
-            numbers = tuple(getattr(self, name))
+            given = getattr(self, name)
+            numbers = (given,) if isinstance(given, int) else tuple(given)  # as a recipe may say
             good = all(isinstance(n, int) and n >= 1 for n in numbers)
             require(good, f"{name} must be at least 1, got {numbers}")
             object.__setattr__(self, name, tuple(sorted(set(numbers))))
@@ -81,8 +82,8 @@ class BenchmarkConfig(StageConfig):
             "CUDA graphs need --provider cuda, and buffers that stay there: leave --transfers out",
         )
         require(
-            not self.cuda_graphs or self.traffic is None,
-            "CUDA graphs are of fixed shapes; leave --traffic out",
+            not self.cuda_graphs or (self.traffic is None and not self.streams),
+            "CUDA graphs are of fixed shapes and one call at a time; leave --traffic and --streams out",
         )
         require(self.batch_size >= 1, f"batch size must be at least 1, got {self.batch_size}")
         require(

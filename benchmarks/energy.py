@@ -21,13 +21,15 @@ class Meter:
         self._passed: list[int] = []  # by each package, in microjoules
         for folder in sorted(rapl.glob("*-rapl:?")):
             with contextlib.suppress(OSError, ValueError):
+                if not (folder / "name").read_text().startswith("package"):
+                    continue  # "psys" holds the packages and more
                 limit = int((folder / "max_energy_range_uj").read_text())
                 self._last.append(int((folder / "energy_uj").read_text()))  # root's alone in places
                 self._packages.append((folder / "energy_uj", limit))
                 self._passed.append(0)
 
     def joules(self) -> float | None:
-        """Return the energy used since the meter was made, of all that tell."""
+        """Return the energy used since some moment, of all that tell: differences count."""
         if not self._packages and not self._gpus:
             return None
         for i, (path, limit) in enumerate(self._packages):

@@ -81,13 +81,14 @@ class Evaluation:
                 for metric in self.metrics:
                     step(f"measuring {metric} of {subject.name}")
             return
-        trusted = Remembered(reference.worker.predict)
+        trusted = Remembered(_asked(reference))
         measured: dict[str, Any] = {}  # the baseline's, by metric
         for subject in sorted(subjects, key=lambda subject: subject is not reference):
             again = known[subject.name] is None or subject is reference
             if again:
                 subject.quality = []
             if subject.source.foreign and not subject.comparable:
+                journal.put("quality", subject.name, value=[])
                 continue
             predict = (
                 trusted if subject is reference else Remembered(self._predict(subject, reference))
@@ -96,14 +97,17 @@ class Evaluation:
                 step(f"measuring {metric} of {subject.name}")
                 if not again:
                     continue
-                found = subject.attempt(
-                    measure_metric,
-                    metric,
-                    predict,
-                    self.examples,
-                    reference=trusted if reference.failure is None else None,
-                    **self.settings,
-                )
+                try:
+                    found = subject.attempt(
+                        measure_metric,
+                        metric,
+                        predict,
+                        self.examples,
+                        reference=trusted if reference.failure is None else None,
+                        **self.settings,
+                    )
+                except _ReferenceLostError:  # the baseline's failure, not this subject's
+                    continue
                 if found is None:
                     continue
                 if subject is reference:
@@ -121,6 +125,22 @@ class Evaluation:
         if not subject.source.foreign:
             return subject.worker.predict
         return lambda batch: completed(subject.worker.predict(batch), batch, reference.source)
+
+
+class _ReferenceLostError(Exception):
+    """The baseline, asked while another was measured, has failed."""
+
+
+def _asked(reference: Subject) -> Callable[[Mapping[str, Any]], Arrays]:
+    """Return the baseline's predictions, whose failure is noted where it belongs."""
+
+    def predict(batch: Mapping[str, Any]) -> Arrays:
+        found = reference.attempt(reference.worker.predict, batch)
+        if found is None:
+            raise _ReferenceLostError
+        return found
+
+    return predict
 
 
 class Remembered:

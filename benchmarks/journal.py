@@ -27,7 +27,10 @@ class Journal:
         if not whole or whole[0] != head:
             whole = [head]
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text("\n".join(whole) + "\n", "utf-8")
+        if whole != lines[:-1] or lines[-1:] != [""]:
+            beside = self._path.with_suffix(".new")
+            beside.write_text("\n".join(whole) + "\n", "utf-8")
+            beside.replace(self._path)  # at once: a kill here loses nothing
         for line in whole[1:]:
             key, value = json.loads(line)
             self._found[key] = value

@@ -16,10 +16,11 @@ from benchmarks.subjects import Steps, Subject
 from benchmarks.workloads import Workload
 
 ROUNDS = 3
-SHARES = (0.2, 0.4, 0.6, 0.75, 0.9, 1.0)  # of the capacity
+SHARES = (0.2, 0.4, 0.6, 0.75, 0.9)  # of the capacity: at all of it the queue grows without end
 STEPS = ROUNDS * (1 + len(SHARES))  # of a subject, for the progress
-_REQUESTS = 200  # at each rate at least: the 95th percentile is the tenth from above
-_SECONDS = 2.0
+_REQUESTS = 200  # at each rate: the 95th percentile is the tenth from above
+_SECONDS = 2.0  # at each rate at least
+_MOST = 20.0  # seconds, which may be fewer requests
 
 
 def measure(
@@ -84,7 +85,7 @@ def _round(
     for i, share in enumerate(SHARES):
         step(what)
         rate = share * capacity
-        count = max(_REQUESTS, round(rate * _SECONDS))
+        count = max(1, round(min(max(_REQUESTS, rate * _SECONDS), rate * _MOST)))
         spent = subject.worker.arrivals(inputs, streams, rate, count, 1000 * number + i)
         p50, p95, p99 = (percentile(spent, percent) for percent in (50, 95, 99))
         rows.append((rate, p50, p95, p99, count))

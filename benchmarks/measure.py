@@ -1,6 +1,7 @@
 """Measuring variants against a baseline: speed first, in interleaved rounds, then quality."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -12,7 +13,7 @@ from benchmarks import load, statistics
 from benchmarks.config import BenchmarkConfig, usable_cores
 from benchmarks.evaluation import Evaluation
 from benchmarks.journal import Journal
-from benchmarks.report import BenchmarkReport, Environment, Latency, SpeedUp, VariantReport
+from benchmarks.report import BenchmarkReport, Environment, Latency, VariantReport, speedup_of
 from benchmarks.runtimes import GraphUse, Place, Source, find_runtime
 from benchmarks.subjects import Steps, Subject, Timing
 from benchmarks.timing import Clock, time_all
@@ -59,7 +60,7 @@ def benchmark(
     inputs = make_workloads(first, config)
     workloads = [placed for count in counts for placed in on_threads(inputs, count, len(counts))]
     evaluation = Evaluation.open(config, first) if config.eval else None
-    kept = Journal(journal, _identity(variants, sources, config, environment))
+    kept = Journal(journal, _identity(variants, baseline, sources, config, environment))
     steps = len(variants) * (len(counts) + len(workloads) * (config.rounds + 1) + 1)
     steps += len(variants) * len(evaluation.metrics) if evaluation else 0
     steps += len(variants) * len(config.streams) * load.STEPS
@@ -71,18 +72,12 @@ def benchmark(
         with _opened(subjects, replace(place, threads=count), step):
             for workload in workloads:
                 if workload.threads == count:
-                    time_all(subjects, reference, workload, config, clock.share(), kept, step)
-            if count != counts[-1]:
-                continue
-            for subject in subjects:  # before the quality, whose batches have other sizes
-                subject.peak = subject.attempt(subject.worker.peak_memory)
-                subject.held = subject.attempt(subject.worker.device_memory)
-            if evaluation:
+                    time_all(subjects, reference, workload, config, clock, kept, step)
+            if evaluation and count == counts[-1]:
                 evaluation.run(subjects, reference, config.seed, kept, step)
     for streams in config.streams:
-        threads = max(1, counts[-1] // streams)  # so that all streams together have those
-        with _opened(subjects, replace(place, threads=threads)):
-            load.measure(subjects, smallest(inputs), streams, threads, config, kept, step)
+        with _opened(subjects, replace(place, streams=streams)):
+            load.measure(subjects, smallest(inputs), streams, counts[-1], config, kept, step)
     if all(subject.failure is not None for subject in subjects):
         raise WorkerError(
             f"no variant could be measured: {subjects[0].name}: {subjects[0].failure}"
@@ -120,7 +115,8 @@ def _opened(subjects: Sequence[Subject], place: Place, step: Steps | None = None
 
 def _use(subject: Subject, workload: Workload, place: Place) -> GraphUse | None:
     """Return what ONNX Runtime makes of a graph, found by a process that does nothing else."""
-    if subject.failure is not None or workload.kind != "shape":
+    inspect = find_runtime(subject.variant.runtime).inspect
+    if subject.failure is not None or inspect is None:
         return None
     with Worker(subject.variant, place) as worker:
         try:
@@ -137,11 +133,10 @@ def _variant_report(
 ) -> VariantReport:
     rows = []
     for workload in workloads:
-        timing = subject.timings[workload.label]
-        if subject.failure is None:
-            theirs = reference.timings[workload.label].rounds
-            comparable = subject is not reference and reference.failure is None
-            rows.append(latency(workload, timing, theirs if comparable else None, config))
+        timing, theirs = (s.timings.get(workload.label, Timing()) for s in (subject, reference))
+        if timing.done:
+            comparable = subject is not reference and theirs.done
+            rows.append(latency(workload, timing, theirs.rounds if comparable else None, config))
     use = subject.use
     return VariantReport(
         name=subject.name,
@@ -179,9 +174,8 @@ def latency(
     speedup = None
     if baseline:
         ratios = statistics.round_ratios(timing.rounds, baseline, workload.ragged)
-        middle, ends = statistics.percentile(ratios, 50), statistics.sign_interval(ratios)
-        speedup = SpeedUp(middle, ends, statistics.is_different(ratios))
-        width = statistics.half_width(middle, ends)
+        speedup = speedup_of(ratios)
+        width = statistics.half_width(speedup.value, speedup.interval)
     return Latency(
         workload=workload.label,
         kind=workload.kind,
@@ -208,6 +202,7 @@ def latency(
 
 def _identity(
     variants: Sequence[Variant],
+    baseline: str,
     sources: Mapping[str, Source],
     config: BenchmarkConfig,
     environment: Environment,
@@ -218,9 +213,17 @@ def _identity(
             [v.name, v.runtime, dict(sources[v.name].sha256), sources[v.name].size_bytes]
             for v in variants
         ],
+        "baseline": baseline,
         "config": config.to_json(),
+        "data": [_fingerprint(spec) for spec in (config.eval, config.traffic)],
         "environment": {**dataclasses.asdict(environment), "load_average": None},
     }
+
+
+def _fingerprint(spec: str | None) -> list[tuple[str, int, int]]:
+    """Return name, size and time of the files that a data spec names, as far as it names files."""
+    paths = [Path(part) for part in re.split("[,+]", spec or "") if part and Path(part).is_file()]
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
 
 
 def _check_names(variants: Sequence[Variant], baseline: str | None) -> str:

@@ -53,10 +53,10 @@ def latency_plots(report: BenchmarkReport) -> list[Plot]:
                 continue
             text = f"{summary.number(1e3 * x.typical)} ms"
             if x.speedup is not None:
-                faster = summary.times(x.speedup.value, 2)
+                faster = summary.factor(x.speedup.value)
                 text += f" · {faster if x.speedup.different else summary.NO_DIFFERENCE}"
             bars.append(_Bar(variant.name, text, x.typical, x.interval, variant is winner))
-        plots.append(_bars(f"{place}", "Median latency at " + place, bars))
+        plots.append(_bars(f"{place}", "Latency at " + place, bars))
     return plots
 
 

@@ -154,7 +154,8 @@ def _figures(variant: VariantReport) -> Iterator[_Figure]:
         if x.speedup is not None:
             yield "speed-up", at, x.speedup.value, x.speedup.interval, "×"
         yield "energy", at, x.joules, _NO_INTERVAL, "J"
-        yield "agreement", at, x.agreement, _NO_INTERVAL, "cosine"
+        unit = "share of tokens" if x.kind == "decoding" else "cosine"
+        yield "agreement", at, x.agreement, _NO_INTERVAL, unit
     for load in variant.load:
         at = f"{load.workload}, {load.streams} at once"
         yield "requests in time", at, load.sustained, load.interval, "1/s"

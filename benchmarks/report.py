@@ -6,12 +6,12 @@ import json
 import os
 import platform
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
-from benchmarks import gpus
+from benchmarks import gpus, statistics
 from calib_data.errors import DataError
 
 SCHEMA = 2  # raised when an older reader would misread a newer file
@@ -27,6 +27,15 @@ class SpeedUp:
     value: float  # median over rounds of baseline seconds / variant seconds
     interval: Interval
     different: bool  # the interval at 99 % excludes 1; otherwise this is "no difference"
+
+
+def speedup_of(ratios: Sequence[float]) -> SpeedUp:
+    """Return what the ratios of the rounds say."""
+    return SpeedUp(
+        statistics.percentile(ratios, 50),
+        statistics.sign_interval(ratios),
+        statistics.is_different(ratios),
+    )
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,7 @@ class Load:
 
     workload: str  # what a request is
     streams: int  # requests answered at once
-    threads: int  # of each
+    threads: int  # of all together
     target: float  # seconds that 95 % of the requests may take
     capacity: float  # requests per second where one waits for every answer
     sustained: float  # the highest rate within the target, the median of the rounds

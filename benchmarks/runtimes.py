@@ -63,7 +63,8 @@ class Place:
     """Where a model runs, and what of a call counts."""
 
     provider: str = "cpu"
-    threads: int = 1
+    threads: int = 1  # of all calls together
+    streams: int = 1  # calls at once
     transfers: bool = (
         False  # whether a device's calls carry inputs and outputs from and to the host
     )
@@ -142,7 +143,7 @@ def _pooled(checkpoint: Any, hidden: np.ndarray, mask: np.ndarray) -> np.ndarray
 def _open_checkpoint(model: str, place: Place, compiled: bool = False) -> Loaded:
     import torch
 
-    torch.set_num_threads(place.threads)
+    torch.set_num_threads(max(1, place.threads // place.streams))  # each call has its own
     torch.set_num_interop_threads(1)
     from compress.loading import open_checkpoint
 
@@ -181,7 +182,8 @@ def _continued(checkpoint: Any, batch: Mapping[str, Any]) -> Tokens:
     """Return greedy tokens after a prompt, the end token ignored."""
     import torch
 
-    ids, new = batch["input_ids"], int(batch[NEW])
+    device = next(checkpoint.module.parameters()).device
+    ids, new = batch["input_ids"].to(device), int(batch[NEW])
     with torch.inference_mode():
         made = checkpoint.backbone.generate(
             ids,
@@ -242,7 +244,9 @@ def _open_graph(model: str, place: Place) -> Loaded:
     path = Path(model)
     file = path / "model.onnx" if path.is_dir() else path
     settings = GRAPHS if place.graphs else None
-    session = open_session(file, place.provider, place.threads, settings=settings)
+    # calls at once share the session's threads, which each joins with its own
+    threads = max(1, place.threads - place.streams + 1)
+    session = open_session(file, place.provider, threads, settings=settings)
     names = [item.name for item in session.get_outputs()]
     half = {item.name for item in session.get_inputs() if item.type == "tensor(float16)"}
 
@@ -297,14 +301,12 @@ def _inspect_graph(model: str, place: Place, shape: tuple[int, int]) -> GraphUse
     sample = next(iter(found.samples))  # of a decoder the prompt
     spent: dict[str, float] = {}
     providers: dict[str, int] = {}
-    copies = 0
     for node in found.nodes:
         if node.provider is not None:
             spent[node.operator] = spent.get(node.operator, 0.0) + node.seconds.get(sample, 0.0)
             providers[node.provider] = providers.get(node.provider, 0) + 1
-            copies += "Memcpy" in node.operator
     ordered = sorted(spent.items(), key=lambda pair: -pair[1])
-    return GraphUse(dict(ordered), providers, copies)
+    return GraphUse(dict(ordered), providers, found.copies)
 
 
 def _labels(names: Mapping[Any, str] | None) -> tuple[str, ...]:

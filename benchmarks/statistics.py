@@ -6,7 +6,7 @@ from math import comb
 import numpy as np
 
 LEVEL = 0.95
-CERTAIN = 0.99  # at which a difference is one: of a hundred reports of equal models one may say so
+CERTAIN = 0.99  # at which a difference is one: of a hundred comparisons of equals one may say so
 MINIMUM_ROUNDS = 6  # fewer signs than this cannot reach 95 %: 2 · 2⁻⁵ > 0.05
 DECISIVE_ROUNDS = 8  # the same at 99 %: 2 · 2⁻⁷ > 0.01
 

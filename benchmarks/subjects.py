@@ -22,6 +22,7 @@ class Timing:
     outputs: Arrays = field(default_factory=dict)
     agreement: float | None = None
     joules: float | None = None  # of a call
+    done: bool = False  # whether all rounds were timed, and the outputs are numbers
 
 
 @dataclass
@@ -49,6 +50,16 @@ class Subject:
     def comparable(self) -> bool:
         """Whether its timed outputs could be compared with the baseline's."""
         return any(timing.agreement is not None for timing in self.timings.values())
+
+    def weigh(self) -> None:
+        """Take note of the memory that it has needed so far."""
+        peak, held = self.attempt(self.worker.peak_memory), self.attempt(self.worker.device_memory)
+        self.grown(peak, held)
+
+    def grown(self, peak: int | None, held: int | None) -> None:
+        """Take note of bytes of memory, if they are more than were known."""
+        self.peak = max((n for n in (self.peak, peak) if n is not None), default=None)
+        self.held = max((n for n in (self.held, held) if n is not None), default=None)
 
     def attempt(self, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         """Return what `action` does, or None, taking note of the failure.

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks import attribution
-from benchmarks.report import BenchmarkReport, Latency, Quality, VariantReport
+from benchmarks.report import BenchmarkReport, Latency, Quality, SpeedUp, VariantReport
 
 UNRELATED = 0.5  # least cosine below this: the outputs have little to do with the baseline's
 NO_DIFFERENCE = "no difference"
@@ -109,8 +109,10 @@ def best(report: BenchmarkReport) -> VariantReport | None:
         latency = latency_at(variant, place)
         related = latency is not None and (latency.agreement or 0) >= UNRELATED
         if variant.status == "ok" and latency is not None and latency.speedup and related:
-            candidates.append((latency.speedup.value, variant))
-    return max(candidates, key=lambda pair: pair[0], default=(0.0, None))[1]
+            faster = latency.speedup
+            # what is proven to be faster comes before what may be
+            candidates.append((faster.different and faster.value > 1, faster.value, variant))
+    return max(candidates, key=lambda row: row[:2], default=(False, 0.0, None))[2]
 
 
 def verdict(report: BenchmarkReport) -> str:
@@ -131,9 +133,9 @@ def verdict(report: BenchmarkReport) -> str:
     if not speedup.different:
         speed = f"{winner.name} is as fast as {base.name} at {place}"
     elif speedup.value > 1:
-        speed = f"{winner.name} is {times(speedup.value, 2)} faster than {base.name} at {place}"
+        speed = f"{winner.name} is {factor(speedup.value)} faster than {base.name} at {place}"
     else:
-        slower = times(1 / speedup.value, 2)
+        slower = factor(1 / speedup.value)
         speed = (
             f"No variant is faster than {base.name}: {winner.name} is {slower} slower at {place}"
         )
@@ -164,7 +166,7 @@ def highlights(report: BenchmarkReport) -> list[tuple[str, str]]:
     if winner is None or latency is None or latency.speedup is None:
         return []
     found = [
-        (times(latency.speedup.value, 2), f"the speed of {base.name} at {latency.workload}"),
+        (factor(latency.speedup.value), f"the speed of {base.name} at {latency.workload}"),
         (megabytes(winner.size_bytes), f"on disk; {base.name} has {megabytes(base.size_bytes)}"),
     ]
     if not latency.speedup.different:
@@ -184,11 +186,13 @@ def notes(report: BenchmarkReport) -> list[str]:
         if variant.status == "failed"
     ]
     for variant in report.variants:
-        strange = [x for x in variant.latency if (x.agreement or 0) < UNRELATED]
-        if strange and strange[0].agreement is not None:
+        # equal generated tokens are another matter: one that differs makes all after it differ
+        compared = [x for x in variant.latency if x.kind != "decoding" and x.agreement is not None]
+        least = min(compared, key=lambda x: x.agreement or 0, default=None)
+        if least is not None and (least.agreement or 0) < UNRELATED:
             found.append(
                 f"The outputs of {variant.name} have little to do with the baseline's "
-                f"(cosine down to {strange[0].agreement:.2f} at {strange[0].workload})"
+                f"(cosine down to {least.agreement:.2f} at {least.workload})"
             )
         unknown = variant.latency and all(x.agreement is None for x in variant.latency)
         if unknown and report.variant(report.baseline).latency:
@@ -210,11 +214,11 @@ def _noise(report: BenchmarkReport) -> list[str]:
     """Return how many of the figures are less sure than they should be, and whose."""
     found = []
     rows = [(variant.name, x) for variant in report.variants for x in variant.latency]
-    factors = [(name, x) for name, x in rows if x.speedup]
+    factors = [(name, x) for name, x in rows if x.speedup] or rows
     if noisy := [name for name, x in factors if not x.precise]:
         found.append(
             f"The machine was too noisy for the asked precision of {_count_of(noisy, factors)} "
-            f"speed-ups ({_whose(noisy)}): see the intervals, or raise --max-time"
+            f"figures ({_whose(noisy)}): see the intervals, or raise --max-time"
         )
     if restless := [name for name, x in rows if not x.settled]:
         found.append(
@@ -262,7 +266,7 @@ def summary_table(report: BenchmarkReport) -> Table:
 
 def latency_table(report: BenchmarkReport) -> Table:
     """Return one row per workload and variant."""
-    rows = []
+    rows: list[tuple[Cell, ...]] = []
     for place in workloads(report):
         for variant in report.variants:
             x = latency_at(variant, place)
@@ -284,16 +288,38 @@ def latency_table(report: BenchmarkReport) -> Table:
                     Cell(str(x.calls), x.calls),
                 )
             )
-    columns = (
-        *("Variant", "Batch × length", "Median, ms", "p95, ms", "p99, ms", "Examples/s"),
+    columns: tuple[str, ...] = (
+        *("Variant", "Input", "Time, ms", "p95, ms", "p99, ms", "Examples/s"),
         *("Tokens/s", "Speed-up", "Agreement", "Calls"),
     )
+    kinds = {x.kind for variant in report.variants for x in variant.latency}
     caption = (
-        "In parentheses: 95 % intervals. Speed-up: how many times faster than "
-        f"{report.baseline}, median of the rounds. Agreement: least cosine between the timed "
-        f"outputs and those of {report.baseline}. p95 is given from 20 calls on, p99 from 100."
+        "Time: the median of the calls. In parentheses: 95 % intervals. Speed-up: how many times "
+        f"faster than {report.baseline}, median of the rounds; a difference is one at 99 %. Agreement: "
+        f"least cosine between the timed outputs and those of {report.baseline}. p95 is given from 20 "
+        "calls on, p99 from 100."
     )
+    if "traffic" in kinds:
+        caption += " Texts as they come: the mean of the calls, which differ in length."
+    if "decoding" in kinds:
+        caption += (
+            " Tokens after a prompt: tokens per second count the prompt's time, and agreement is the "
+            "share of tokens that are the same."
+        )
+    if any(x.joules for variant in report.variants for x in variant.latency):
+        columns = (*columns, "Energy, J")
+        rows = [(*row, energy) for row, energy in zip(rows, _energies(report), strict=True)]
     return Table("latency", caption, columns, tuple(rows))
+
+
+def _energies(report: BenchmarkReport) -> list[Cell]:
+    """Return the energy of a call for each row of the latency table."""
+    found = (latency_at(v, place) for place in workloads(report) for v in report.variants)
+    return [
+        Cell(NONE if x.joules is None else number(x.joules), x.joules)
+        for x in found
+        if x is not None
+    ]
 
 
 def load_table(report: BenchmarkReport) -> Table:
@@ -301,7 +327,7 @@ def load_table(report: BenchmarkReport) -> Table:
     rows = [
         (
             Cell(variant.name, variant.name),
-            Cell(f"{x.streams} × {x.threads} thread{'s' * (x.threads > 1)}", float(x.streams)),
+            Cell(str(x.streams), float(x.streams)),
             Cell(number(x.sustained), x.sustained, span(*x.interval)),
             Cell(number(x.capacity), x.capacity),
         )
@@ -311,7 +337,7 @@ def load_table(report: BenchmarkReport) -> Table:
         if x.streams == streams
     ]
     found = next((x for variant in report.variants for x in variant.load), None)
-    what = f"a request is {found.workload}, target {1e3 * found.target:g} ms" if found else ""
+    what = f"a request is {found.workload}, the target {1e3 * found.target:g} ms" if found else ""
     return Table(
         "load",
         f"Requests arrive at random, whether the model is ready or not; {what}. In time: the highest "
@@ -395,11 +421,7 @@ def attribution_table(report: BenchmarkReport) -> Table:
     place, metric = headline(report), main_metric(report)
     rows = []
     for step in attribution.steps(report):
-        faster = step.speedup(place) if place else None
-        speed = Cell(NONE)
-        if faster is not None:
-            value, (low, high) = faster
-            speed = Cell(times(value), value, span(low, high))
+        speed = _factor_cell(step.speedup(place) if place else None)
         ratio = step.variant.size_bytes / max(step.parent.size_bytes, 1)
         change = step.quality(metric)
         worth = quality_of(step.variant, metric)
@@ -491,7 +513,7 @@ def environment_rows(report: BenchmarkReport) -> list[tuple[str, str]]:
     here, config = report.environment, report.config
     rows = [
         ("Processor", f"{here.cpu}, {here.cores} cores usable"),
-        ("Threads", f"{here.threads} per model"),
+        ("Threads", f"{' and '.join(map(str, config.get('threads') or [here.threads]))} per model"),
         ("Memory", f"{here.memory_bytes / 1e9:.0f} GB"),
         ("Provider", here.provider),
         ("GPU", here.gpu),
@@ -501,8 +523,9 @@ def environment_rows(report: BenchmarkReport) -> list[tuple[str, str]]:
         ("Load before", None if here.load_average is None else str(here.load_average)),
         (
             "Method",
-            f"{config.get('rounds')} rounds of {config.get('seconds')} s, variants interleaved in "
-            f"shuffled order, one process each, warm-up until times settle, "
+            f"{config.get('rounds')} rounds of {config.get('seconds')} s at least, and more until "
+            f"{100 * config.get('precision', 0):g} % precise or {config.get('max_time')} s are over; "
+            "variants interleaved in shuffled order, one process each, warm-up until times settle, "
             f"seed {config.get('seed')}",
         ),
         ("Measured", report.created),
@@ -522,11 +545,16 @@ def _role(variant: VariantReport, base: VariantReport) -> str:
 def _speedup(latency: Latency | None, is_baseline: bool) -> Cell:
     if latency is None:
         return Cell(NONE)
-    if latency.speedup is None:
-        return Cell("1 ×" if is_baseline else NONE, 1.0 if is_baseline else None)
-    low, high = latency.speedup.interval
-    text = times(latency.speedup.value) if latency.speedup.different else NO_DIFFERENCE
-    return Cell(text, latency.speedup.value, span(low, high))
+    if is_baseline and latency.speedup is None:
+        return Cell("1 ×", 1.0)
+    return _factor_cell(latency.speedup)
+
+
+def _factor_cell(speedup: SpeedUp | None) -> Cell:
+    if speedup is None:
+        return Cell(NONE)
+    text = times(speedup.value) if speedup.different else NO_DIFFERENCE
+    return Cell(text, speedup.value, span(*speedup.interval))
 
 
 def _milliseconds(seconds: float | None, unit: str = " ms") -> Cell:
@@ -573,6 +601,11 @@ def span(low: float, high: float) -> str:
 def times(value: float, digits: int = 3) -> str:
     """Return a factor: 4.41 ×."""
     return f"{number(value, digits)} ×"
+
+
+def factor(value: float) -> str:
+    """Return a factor in two digits: 4.4 ×; in three where two say 1.0."""
+    return times(value, 3 if 0.95 <= value < 1.05 else 2)
 
 
 def megabytes(size: float) -> str:

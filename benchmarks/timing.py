@@ -11,23 +11,28 @@ from benchmarks import statistics
 from benchmarks.config import BenchmarkConfig
 from benchmarks.foreign import completed
 from benchmarks.journal import Journal
-from benchmarks.runtimes import NEW, Arrays
+from benchmarks.runtimes import Arrays
 from benchmarks.subjects import Steps, Subject, Timing
 from benchmarks.worker import WarmUp, WorkerError
 from benchmarks.workloads import Workload
 
 
 class Clock:
-    """Deals out the time that all rounds may take: what one workload leaves, the next ones have."""
+    """Deals out the seconds that all rounds may take: what one workload leaves, the next ones have."""
 
     def __init__(self, seconds: float, workloads: int) -> None:
-        self._end, self._left = time.monotonic() + seconds, workloads
+        self._seconds, self._workloads, self._begun = seconds, workloads, 0.0
 
-    def share(self) -> float:
-        """Return until when the next workload may take."""
-        now = time.monotonic()
-        self._left -= 1
-        return now + max(0.0, self._end - now) / (self._left + 1)
+    def begin(self) -> float:
+        """Begin the next workload's rounds; return until when they may take."""
+        self._begun = time.monotonic()
+        return self._begun + max(0.0, self._seconds) / max(1, self._workloads)
+
+    def end(self) -> None:
+        """End a workload, which may have had no rounds."""
+        if self._begun:
+            self._seconds -= time.monotonic() - self._begun
+        self._workloads, self._begun = self._workloads - 1, 0.0
 
 
 def time_all(
@@ -35,45 +40,53 @@ def time_all(
     reference: Subject,
     workload: Workload,
     config: BenchmarkConfig,
-    deadline: float,
+    clock: Clock,
     journal: Journal,
     step: Steps,
 ) -> None:
     """Time all subjects in rounds, each round in another order, one of them at any moment.
 
     There are as many rounds as `config` says, and more until every ratio to the reference is precise or
-    the deadline is over.
+    the clock's share is over. Graphs of other tools, which cannot generate, are left out of decoding.
     """
     label = workload.label
+    if workload.kind == "decoding":
+        subjects = [subject for subject in subjects if not subject.source.foreign]
     for subject in subjects:
         subject.timings[label] = Timing()
     if _restore(subjects, label, journal, step, config.rounds):
+        clock.end()
         return
     for subject in subjects:
         step(f"warming up {subject.name} at {label}")
         warm_up = subject.worker.warm_up
         warm = subject.attempt(warm_up, workload.calls, config.warm_up_seconds)
         subject.timings[label].warm_up = warm or WarmUp(0, False)
-        subject.attempt(subject.worker.joules)  # those before do not count
     shuffle = random.Random(config.seed)
-    number = 0
+    number, deadline = 0, clock.begin()
     while number < config.rounds or not (
         time.monotonic() > deadline or _precise(subjects, reference, workload, config.precision)
     ):
         order = shuffle.sample(subjects, len(subjects))
         _round(order, workload, number, config, journal, step)
         number += 1
+    clock.end()
     for subject in subjects:
         timing = subject.timings[label]
         timing.outputs = subject.attempt(subject.worker.timed_outputs) or {}
         timing.joules = subject.attempt(subject.worker.joules)
+        if workload.kind != "decoding":  # which opens the graph once more
+            subject.weigh()
     _check_outputs(subjects, reference, workload)
+    for subject in subjects:
+        subject.timings[label].done = subject.failure is None
     done = {
         subject.name: {
             "warm_up": dataclasses.asdict(subject.timings[label].warm_up),
             "agreement": subject.timings[label].agreement,
             "joules": subject.timings[label].joules,
             "rounds": number,
+            "memory": [subject.peak, subject.held],
         }
         for subject in subjects
         if subject.failure is None
@@ -92,11 +105,13 @@ def _round(
     """Time every subject once, or look up that round."""
     label, extra = workload.label, number >= config.rounds
     kept = journal.get("round", label, number)
+    if kept is not None and any(s.failure is None and s.name not in kept for s in order):
+        kept = None  # ratios are of times taken side by side
     spent: dict[str, list[float]] = {}
     for subject in order:
         step(f"timing at {label}, round {number + 1}", extra)
-        if kept is not None and subject.name in kept:
-            seconds = kept[subject.name]
+        if kept is not None:
+            seconds = kept.get(subject.name)
         else:
             seconds = subject.attempt(subject.worker.time, workload.calls, config.seconds)
         if seconds is not None and subject.failure is None:
@@ -121,6 +136,8 @@ def _restore(
         known, timing = done[subject.name], subject.timings[label]
         timing.warm_up = WarmUp(**known["warm_up"])
         timing.agreement, timing.joules = known["agreement"], known["joules"]
+        timing.done = True
+        subject.grown(*known["memory"])
         for number in range(known["rounds"]):
             timing.rounds.append(journal.get("round", label, number)[subject.name])
     return True
@@ -156,19 +173,25 @@ def _width(subject: Subject, reference: Subject | None, workload: Workload) -> f
 
 def _check_outputs(subjects: Sequence[Subject], reference: Subject, workload: Workload) -> None:
     """Compare what the timed calls computed with the baseline's: a fast wrong model cannot win."""
-    expected = reference.timings[workload.label].outputs if reference.failure is None else None
-    generated = any(NEW in call for call in workload.calls)
+    mine = reference.timings[workload.label].outputs
+    reference.attempt(
+        agreement, mine, None, None
+    )  # which nothing is compared with if it is no number
+    expected = mine if reference.failure is None else None
+    generated = workload.kind == "decoding"
     name = None if generated else reference.source.output
     if expected is not None and name not in expected:
         name = next(iter(expected), None)
     for subject in subjects:
         timing = subject.timings[workload.label]
-        compare = same_tokens if generated else agreement
-        outputs, wanted = timing.outputs, name
-        if subject.source.foreign and not generated:
-            outputs = completed(outputs, workload.calls[-1], reference.source)
-            wanted = name if name in outputs else None  # then nobody knows
-        timing.agreement = subject.attempt(compare, outputs, expected, wanted)
+        outputs: Arrays | None = timing.outputs
+        if subject.source.foreign:
+            last = workload.calls[-1]
+            outputs = subject.attempt(completed, timing.outputs, last, reference.source)
+        if outputs is not None:
+            wanted = name if name in outputs or not subject.source.foreign else None
+            compare = same_tokens if generated else agreement
+            timing.agreement = subject.attempt(compare, outputs, expected, wanted)
     for subject in subjects:
         subject.timings[workload.label].outputs = {}
 

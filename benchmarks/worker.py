@@ -1,7 +1,7 @@
 """One process per model: its threads, its memory and its crashes are its own.
 
 Sessions of ONNX Runtime side by side in one process disturb each other, as their thread pools
-spin. Here an idle model waits for its turn on a pipe.
+spin. Here an idle model waits for its turn on a pipe, and a turn begins when the spinning is over.
 """
 
 import contextlib
@@ -30,6 +30,9 @@ from calib_data.errors import OnnxPressError, ProviderError
 
 Inputs = Mapping[str, Any]
 
+# seconds before each turn: threads of the model before spin for 40 ms after its last call, and for
+# longer where there are fewer cores than threads
+_CALM = 0.1
 MOST_CALLS = 200  # of one `time`: beyond this a report grows and the median does not change
 _THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -235,6 +238,7 @@ class _Model:
         return WarmUp(len(spent) * len(calls), settled(spent))
 
     def time(self, calls: list[Arrays], seconds: float, most: int) -> list[float]:
+        time.sleep(_CALM)
         # untimed: the others have used the caches since this model's last turn
         self._run_for(calls[0])(self.loaded.prepare(calls[0]))
         spent: list[float] = []
@@ -249,37 +253,42 @@ class _Model:
         return spent
 
     def capacity(self, inputs: Arrays, streams: int, seconds: float) -> float:
-        begun = time.perf_counter()
-        done = self._answered(inputs, streams, itertools.repeat(begun), begun + seconds)
-        return len(done) / (time.perf_counter() - begun)
+        done = self._answered(inputs, streams, itertools.repeat(0.0), seconds)
+        return len(done) / max(done)  # that took from the beginning to the last answer
 
     def arrivals(
         self, inputs: Arrays, streams: int, rate: float, count: int, seed: int
     ) -> list[float]:
         gaps = np.random.default_rng(seed).exponential(1 / rate, count)
-        times = (time.perf_counter() + np.cumsum(gaps)).tolist()
-        return self._answered(inputs, streams, times)
+        return self._answered(inputs, streams, np.cumsum(gaps).tolist())
 
     def _answered(
-        self, inputs: Arrays, streams: int, times: Iterable[float], end: float = math.inf
+        self, inputs: Arrays, streams: int, arrivals: Iterable[float], seconds: float = math.inf
     ) -> list[float]:
-        """Answer requests in the order they arrive; return the seconds from arrival to answer."""
-        run, feed = self._run_for(inputs), self.loaded.prepare(inputs)
-        queue, lock = iter(times), threading.Lock()
-        spent: list[float] = []
+        """Answer requests in the order they arrive, that many seconds from now, for so long.
 
-        def stream() -> None:
-            while time.perf_counter() < end:
+        Return the seconds from each arrival to its answer.
+        """
+        run = self._run_for(inputs)
+        feeds = [
+            self.loaded.prepare(inputs) for _ in range(streams)
+        ]  # two streams may not share one
+        queue, lock = iter(arrivals), threading.Lock()
+        spent: list[float] = []
+        begun = time.perf_counter()
+
+        def stream(feed: Any) -> None:
+            while time.perf_counter() < begun + seconds:
                 with lock:
                     arrival = next(queue, None)
                 if arrival is None:
                     return
-                time.sleep(max(0.0, arrival - time.perf_counter()))
+                time.sleep(max(0.0, begun + arrival - time.perf_counter()))
                 run(feed)
-                spent.append(time.perf_counter() - arrival)
+                spent.append(time.perf_counter() - begun - arrival)
 
         with ThreadPoolExecutor(streams) as pool:
-            for finished in [pool.submit(stream) for _ in range(streams)]:
+            for finished in [pool.submit(stream, feed) for feed in feeds]:
                 finished.result()
         return spent
 

@@ -29,7 +29,7 @@ class Workload:
     @property
     def ragged(self) -> bool:
         """Whether its calls differ in length, so that their mean tells what a call takes."""
-        return len(self.calls) > 1
+        return self.kind == "traffic"
 
 
 def make_workloads(source: Source, config: BenchmarkConfig) -> list[Workload]:
@@ -45,7 +45,7 @@ def _shapes(source: Source, config: BenchmarkConfig) -> list[Workload]:
     has_sequence = getattr(signature, "has_sequence", True)
     found: dict[str, Workload] = {}
     for batch, sequence in config.shapes:
-        label = f"{batch} × {sequence}" if has_sequence else str(batch)
+        label = f"{batch} × {sequence}" if has_sequence else _many(batch, "image")
         if label not in found:  # shapes that differ in the sequence alone
             inputs = signature.sample(batch=batch, sequence=sequence, seed=config.seed)
             length = sequence if has_sequence else None
@@ -72,7 +72,11 @@ def _traffic(source: Source, config: BenchmarkConfig) -> list[Workload]:
             rows = range(start, start + batch)
             some = examples.rows(rows)
             (made,) = Batches(
-                some, source.processor, batch_size=batch, max_length=source.max_length
+                some,
+                source.processor,
+                batch_size=batch,
+                max_length=source.max_length,
+                field="both" if source.task.endswith("-classification") else "text",
             )
             calls.append({name: np.asarray(value) for name, value in model_inputs(made).items()})
             tokens += int(made["attention_mask"].sum())
@@ -80,7 +84,7 @@ def _traffic(source: Source, config: BenchmarkConfig) -> list[Workload]:
             raise ConfigError(
                 f"--traffic {config.traffic} has {len(examples)} texts, less than a batch of {batch}"
             )
-        label = f"{batch} texts" if batch > 1 else "1 text"
+        label = _many(batch, "text")
         found.append(Workload(label, tuple(calls), batch, None, tokens / len(calls), "traffic"))
     return found
 
@@ -92,18 +96,28 @@ def _prompts(source: Source, config: BenchmarkConfig) -> list[Workload]:
     if source.task != "text-generation":
         raise ConfigError(f"--prompts is for text-generation, and the model does {source.task}")
     found = []
+    longest = max(config.prompts) + config.new_tokens
+    if source.max_length is not None and longest > source.max_length:
+        raise ConfigError(
+            f"--prompts and --new-tokens make {longest} tokens; the model takes {source.max_length}"
+        )
     for length in config.prompts:
         inputs = source.signature.sample(batch=1, sequence=length, seed=config.seed)
         for new in (1, config.new_tokens):
             label = f"{length} + {new} tokens" if new > 1 else f"{length}, first token"
             call = {"input_ids": inputs["input_ids"], NEW: np.array(new)}
-            found.append(Workload(label, (call,), 1, length, float(new), "decoding"))
+            tokens = float(new) if new > 1 else None  # the time to the first is no rate
+            found.append(Workload(label, (call,), 1, length, tokens, "decoding"))
     return found
+
+
+def _many(count: int, thing: str) -> str:
+    return f"{count} {thing}{'s' * (count > 1)}"
 
 
 def on_threads(workloads: Sequence[Workload], threads: int, counts: int) -> list[Workload]:
     """Return workloads as they are timed on so many threads, one of `counts` numbers of them."""
-    some = f", {threads} thread{'s' * (threads > 1)}" if counts > 1 else ""
+    some = f", {_many(threads, 'thread')}" if counts > 1 else ""
     return [replace(w, label=f"{w.label}{some}", threads=threads) for w in workloads]
 
 
@@ -118,7 +132,7 @@ def smallest(workloads: Sequence[Workload]) -> Workload:
 
 
 def _shaped(workloads: Sequence[Workload]) -> list[Workload]:
-    return [w for w in workloads if w.kind == "shape"] or list(workloads)
+    return [workload for workload in workloads if workload.kind == "shape"]
 
 
 def _tokens(workload: Workload) -> int:

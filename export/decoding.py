@@ -38,7 +38,7 @@ class CachedDecoding:
 
     def __init__(self, model: Path, provider: str = "cpu", threads: int | None = None) -> None:
         self.session = open_session(model, provider, threads)
-        self.device = "cuda" if provider == "cuda" else "cpu"
+        self.device = "cpu" if provider == "cpu" else "cuda"
         self.binding = self.session.io_binding()
         self.inputs = {item.name: item for item in self.session.get_inputs()}
         self.past = [name for name in self.inputs if name.startswith("past_key_values.")]
@@ -99,7 +99,7 @@ class Seq2SeqDecoding:
     ) -> None:
         self.encoder = open_session(encoder, provider, threads)
         self.session = open_session(decoder, provider, threads)
-        self.device = "cuda" if provider == "cuda" else "cpu"
+        self.device = "cpu" if provider == "cpu" else "cuda"
         self.start_token = start_token
         self.inputs = {item.name: item for item in self.session.get_inputs()}
         self.past = [name for name in self.inputs if name.startswith("past_key_values.")]

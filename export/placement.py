@@ -18,7 +18,7 @@ from torch import Tensor
 from calib_data.errors import ModelError, ProviderError
 from compress.signature import Input, Kind, Signature
 from export.bundle import open_bundle
-from export.sessions import PROVIDERS, call, complete_feed, open_session
+from export.sessions import PROVIDERS, call, complete_feed, open_session, provider_options
 
 SHAPE = (8, 128)  # (batch, length) of the samples; a model with fewer positions gets as many
 RUNS = 5  # counted per sample, after one that is not
@@ -181,7 +181,7 @@ def _inspect(
             )
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder, "profile"))
-        session = ort.InferenceSession(str(path), options, providers=[PROVIDERS[provider]])
+        session = ort.InferenceSession(str(path), options, provider_options(provider))
         feeds = {name: complete_feed(session, sample) for name, sample in samples.items()}
         try:
             for feed in feeds.values():

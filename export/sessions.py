@@ -17,11 +17,11 @@ PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
-_BFLOAT16 = "tensor(bfloat16)"
+BFLOAT16 = "tensor(bfloat16)"
 _FLOATS: dict[str, Any] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
-    _BFLOAT16: ml_dtypes.bfloat16,
+    BFLOAT16: ml_dtypes.bfloat16,
 }
 
 
@@ -113,7 +113,7 @@ def call(
     ONNX Runtime neither takes nor gives a NumPy array of bfloat16, so that graphs with such inputs
     or outputs run on its own values; here they are arrays of ml_dtypes' bfloat16.
     """
-    if not any(item.type == _BFLOAT16 for item in (*session.get_inputs(), *session.get_outputs())):
+    if not any(item.type == BFLOAT16 for item in (*session.get_inputs(), *session.get_outputs())):
         found: list[np.ndarray] = session.run(names, feed)
         return found
     values = {name: value_of(array) for name, array in feed.items()}
@@ -131,7 +131,7 @@ def value_of(array: np.ndarray, device: str = "cpu") -> ort.OrtValue:
 def array_of(value: ort.OrtValue) -> np.ndarray:
     """Return a copy of a value in the host's memory, bfloat16 too."""
     array: np.ndarray
-    if value.data_type() != _BFLOAT16:
+    if value.data_type() != BFLOAT16:
         array = value.numpy()
         return array
     data = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
@@ -153,7 +153,7 @@ def complete_feed(
 
 def _array(value: Any, kind: str) -> np.ndarray:
     """Return a tensor or an array as an array for an input of this type."""
-    if kind != _BFLOAT16:
+    if kind != BFLOAT16:
         return np.asarray(value, order="C")
     if hasattr(value, "float"):  # a tensor: only PyTorch converts its own bfloat16
         value = value.float()

@@ -110,10 +110,7 @@ def report_command(
     """
     past = tuple(Path(text) for text in bundles if text.endswith(".json"))
     if len(past) == len(bundles):
-        if baseline or also or evaluation or columns or limit or metrics:
-            raise ConfigError(
-                "a finished report has its baseline and data; name a BUNDLE to measure"
-            )
+        _refuse_settings({"bundles", "title", "out", "as_json", "overwrite", "verbose"})
         redraw_reports(past, title, out, run)
         show_report(out, output)
         return
@@ -187,6 +184,19 @@ def comparison_text(found: "Comparison") -> str:
     lines += [f"! {line}" for line in found.missing]
     lines += [f"  {note}" for note in found.notes]
     return "\n".join(lines)
+
+
+def _refuse_settings(but: set[str]) -> None:
+    """Raise `ConfigError` for an option of this command that was typed, but for some."""
+    context = click.get_current_context()
+    for option in context.command.params:
+        name = str(option.name)
+        typed = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        if typed and name not in but:
+            raise ConfigError(
+                f"a finished report is drawn as it was measured; leave {option.opts[0]} out, or name "
+                "a BUNDLE to measure"
+            )
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:

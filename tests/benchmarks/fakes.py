@@ -40,6 +40,8 @@ def opener(model: str, place: Place) -> Loaded:
         noise = 1 + settings.get("noise", 0) * random.random()  # a share of the sleep
         time.sleep(settings.get("sleep", 0.001) * noise)
         ids = np.asarray(batch["input_ids"], dtype=np.float32)
+        if ids.shape[1] > settings.get("longest", 1000):
+            raise ValueError(f"longer than {settings['longest']:g}")
         return {"output": np.stack([ids.sum(1), ids[:, 0]], axis=1) * settings.get("factor", 1)}
 
     return Loaded(lambda batch: batch, run, lambda outputs: outputs, (f"fake:{place.threads}",))

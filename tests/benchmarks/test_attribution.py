@@ -37,9 +37,9 @@ def test_what_a_stage_did_is_told_round_by_round() -> None:
     step = next(step for step in steps(staged()) if step.variant.name == "int8")
     found = step.speedup("8 × 128")
     assert found is not None
-    value, (low, high) = found
-    assert value == pytest.approx(75 / 32.5, rel=0.02)
-    assert low < value < high
+    assert found.value == pytest.approx(75 / 32.5, rel=0.02)
+    assert found.interval[0] < found.value < found.interval[1]
+    assert found.different
     assert step.quality("spearman") == pytest.approx(-0.21)
     assert step.speedup("7 × 7") is None
     assert step.quality("accuracy") is None

@@ -43,14 +43,11 @@ root.dataset.downloadable = JSON.parse(document.getElementById("data").textConte
 """
 
 
-# A window of the browser has a least width, a frame in it none; the page tells its frame what it is.
+# A window of the browser has a least width, a frame in it none.
 FRAME = """<!doctype html>
 <style>body {{ margin: 0 }} iframe {{ border: 0; width: {0}px; height: 9000px }}</style>
-<iframe src="page.html"></iframe>
-<script>
-addEventListener("message", (event) => Object.assign(document.documentElement.dataset, event.data));
-</script>"""
-TELL = "<script>parent.postMessage({ ...document.documentElement.dataset }, '*');</script></body>"
+<iframe src="page.html" onload="Object.assign(document.documentElement.dataset,
+  this.contentDocument.documentElement.dataset)"></iframe>"""
 
 
 def browse(directory: Path, width: int, *wanted: str) -> subprocess.CompletedProcess[str]:
@@ -59,7 +56,7 @@ def browse(directory: Path, width: int, *wanted: str) -> subprocess.CompletedPro
     return subprocess.run(
         [
             *(CHROMIUM, *FLAGS, *wanted, f"--user-data-dir={directory / 'profile'}"),
-            *("--virtual-time-budget=5000", f"--window-size={max(width, 500)},9000"),
+            *("--allow-file-access-from-files", f"--window-size={max(width, 500)},9000"),
             (directory / "frame.html").as_uri(),
         ],
         capture_output=True,
@@ -71,7 +68,7 @@ def browse(directory: Path, width: int, *wanted: str) -> subprocess.CompletedPro
 
 def open_page(page: str, directory: Path, width: int) -> tuple[dict[str, str], str]:
     """Return the data attributes of the page after its scripts, and the browser's log."""
-    (directory / "page.html").write_text(page.replace("</body>", TELL), encoding="utf-8")
+    (directory / "page.html").write_text(page, encoding="utf-8")
     (directory / "frame.html").write_text(FRAME.format(width), encoding="utf-8")
     done = browse(directory, width, "--dump-dom")
     root = re.search(r"<html[^>]*>", done.stdout)

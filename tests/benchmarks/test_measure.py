@@ -182,6 +182,57 @@ def test_what_was_measured_before_a_kill_is_not_measured_again(tmp_path: Path, a
     assert any(json.loads(key)[0] == "round" for key in kept)
 
 
+def test_a_baseline_of_no_numbers_is_a_row_of_its_own() -> None:
+    variants = [
+        Variant("nan", "x", FAKES + "nan"),
+        Variant("good", "sleep=0.001", FAKES + "steady"),
+    ]
+    nan, good = benchmark(variants, "nan", CONFIG).variants
+    assert "NaN" in (nan.reason or "")
+    assert good.status == "ok"
+    assert all(x.agreement is None and x.speedup is None for x in good.latency)
+
+
+def test_rounds_of_which_one_variant_is_missing_are_measured_again(tmp_path: Path) -> None:
+    """Ratios are of times taken side by side: what the others took yesterday is worth nothing."""
+    variants = [
+        Variant("base", "sleep=0.002", FAKES + "steady"),
+        Variant("fast", "sleep=0.001", FAKES + "steady"),
+    ]
+    benchmark(variants, config=CONFIG, journal=tmp_path)
+    lines = (tmp_path / NAME).read_text().splitlines()
+    kept = [json.loads(line) for line in lines[1:]]
+    for key, value in kept:
+        if json.loads(key)[0] in ("round", "workload"):
+            value.pop("fast")
+    spoilt = "\n".join([lines[0], *(json.dumps(pair) for pair in kept)]) + "\n"
+    (tmp_path / NAME).write_text(spoilt)
+    report = benchmark(variants, config=CONFIG, journal=tmp_path)
+    for latency in report.variant("base").latency:
+        before = [v["base"] for k, v in kept if json.loads(k)[:2] == ["round", latency.workload]]
+        assert len(latency.rounds) == len(before) == 8
+        assert all(len(a) != len(b) or a != pytest.approx(b, abs=1e-6)
+                   for a, b in zip(latency.rounds, before, strict=True))  # fmt: skip
+    again = benchmark(variants, config=CONFIG, journal=tmp_path)
+    assert [x.rounds for x in again.variants[0].latency] == [
+        x.rounds for x in report.variants[0].latency
+    ]
+    assert again.variants[0].peak_memory_bytes is not None
+
+
+def test_what_was_timed_before_a_failure_is_told() -> None:
+    variants = [
+        Variant("base", "sleep=0.002", FAKES + "steady"),
+        Variant("late", "sleep=0.001,longest=4", FAKES + "steady"),
+    ]
+    base, late = benchmark(variants, config=CONFIG).variants
+    assert (late.status, base.status) == ("failed", "ok")
+    assert "longer than 4" in (late.reason or "")
+    assert [x.workload for x in late.latency] == ["1 × 4"]
+    assert late.latency[0].speedup is not None
+    assert len(base.latency) == 2
+
+
 def test_rounds_go_on_until_they_are_precise_or_time_is_up() -> None:
     variants = [
         Variant("base", "sleep=0.001", FAKES + "steady"),

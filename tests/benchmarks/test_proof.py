@@ -32,7 +32,7 @@ def compared(subjects: list[Subject], config: BenchmarkConfig = CONFIG) -> Laten
     """Time two subjects as a report does; return the second's times, with its ratio to the first."""
     clock = timing.Clock(config.max_time, 1)
     kept, step = Journal(None, None), Steps(None, 1)
-    timing.time_all(subjects, subjects[0], WORKLOAD, config, clock.share(), kept, step)
+    timing.time_all(subjects, subjects[0], WORKLOAD, config, clock, kept, step)
     first, second = (subject.timings[WORKLOAD.label] for subject in subjects)
     assert [subject.failure for subject in subjects] == [None, None]
     return latency(WORKLOAD, second, first.rounds, config)
@@ -84,6 +84,8 @@ class SimulatedWorker:
 
     def joules(self) -> None:
         return None
+
+    peak_memory = device_memory = joules
 
 
 def simulated(seed: int, slower: float, monkeypatch: pytest.MonkeyPatch) -> Latency:

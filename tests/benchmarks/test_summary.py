@@ -45,6 +45,36 @@ def test_a_fast_wrong_model_cannot_win() -> None:
     assert any("int8 pruned have little to do" in note for note in summary.notes(report))
 
 
+def test_what_is_proven_comes_before_what_may_be() -> None:
+    report = only("PyTorch", "float")
+    proven = report.variants[1]
+    lucky = [
+        replace(x, speedup=replace(x.speedup, value=9.0, interval=(0.9, 12.0), different=False))
+        for x in proven.latency
+        if x.speedup
+    ]
+    report = replace(
+        report, variants=[*report.variants, replace(proven, name="lucky", latency=lucky)]
+    )
+    assert summary.verdict(report).startswith("float is 1.9 × faster")
+
+
+def test_a_small_difference_is_told_in_figures_that_show_it() -> None:
+    assert [summary.factor(x) for x in (4.41, 1.02, 0.98, 1.06)] == [
+        "4.4 ×",
+        "1.02 ×",
+        "0.980 ×",
+        "1.1 ×",
+    ]
+
+
+def test_generated_tokens_that_differ_are_no_alarm() -> None:
+    report = make_report()
+    told = [replace(x, kind="decoding", agreement=0.1) for x in report.variants[2].latency]
+    variants = [report.variants[0], replace(report.variants[2], latency=told)]
+    assert not any("little to do" in n for n in summary.notes(replace(report, variants=variants)))
+
+
 def test_notes_tell_of_noise() -> None:
     report = make_report()
     base = report.variants[0]

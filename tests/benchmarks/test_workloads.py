@@ -22,8 +22,11 @@ def test_workloads_of_images_have_no_sequence() -> None:
 
     config = BenchmarkConfig(shapes=((1, 32), (1, 64), (8, 64)))
     made = make_workloads(source(Images()), config)
-    assert [(w.label, w.sequence, w.tokens) for w in made] == [("1", None, None), ("8", None, None)]
-    assert largest(made).label == "8"
+    assert [(w.label, w.sequence, w.tokens) for w in made] == [
+        ("1 image", None, None),
+        ("8 images", None, None),
+    ]
+    assert largest(made).label == "8 images"
 
 
 def test_real_texts_come_in_their_order_and_as_long_as_they_are(tmp_path: Path) -> None:
