@@ -69,7 +69,7 @@ class Evaluation:
 
         What the journal has is not measured again, but for the baseline while others need it.
         """
-        from calib_data.metrics import measure_metric
+        from calib_data.metrics import METRICS, measure_metric
 
         known = {subject.name: journal.get("quality", subject.name) for subject in subjects}
         for subject in subjects:
@@ -95,7 +95,8 @@ class Evaluation:
             )
             for metric in self.metrics:
                 step(f"measuring {metric} of {subject.name}")
-                if not again:
+                lost = reference.failure is not None and METRICS[metric].reference
+                if not again or lost:
                     continue
                 try:
                     found = subject.attempt(

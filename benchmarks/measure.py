@@ -46,7 +46,9 @@ def benchmark(
     config = config or BenchmarkConfig()
     baseline = _check_names(variants, baseline)
     counts = config.threads or (usable_cores(),)
-    place = Place(config.provider, counts[-1], config.transfers, config.cuda_graphs)
+    place = Place(
+        config.provider, counts[-1], transfers=config.transfers, graphs=config.cuda_graphs
+    )
     environment = Environment.here(config.provider, counts[-1])  # first: the load before is in it
     sources = {
         variant.name: find_runtime(variant.runtime).describe(variant.model) for variant in variants
