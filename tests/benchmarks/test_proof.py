@@ -150,7 +150,7 @@ def test_equal_models_are_equal() -> None:
 
 @pytest.mark.slow
 def test_five_percent_are_found() -> None:
-    config = replace(CONFIG, precision=0.015)
+    config = replace(CONFIG, precision=0.015, max_time=60)
     with workers(busy("base", 200), busy("slower", 210)) as fresh:
         found = [compared(fresh(), replace(config, seed=seed)).speedup for seed in range(10)]
     assert sum(x.different and x.value < 1 for x in found if x) >= 9
