@@ -40,8 +40,8 @@ class Job:
 
 def jobs(data: Path) -> Iterator[Job]:
     """Yield every job, those first whose results others start from."""
-    yield from _classification(data)
     yield from _sentences(data)
+    yield from _classification(data)
     yield from _characters(data)
 
 
@@ -52,9 +52,11 @@ def _classification(data: Path) -> Iterator[Job]:
     long = ("--epochs", "2", "--eval-every", "1000")
     yield Job("sst2/full", ("compress", "finetune", MINILM, *common, *long))
     yield Job("sst2/lora", ("compress", "finetune", MINILM, *common, *long, "--method", "lora"))
-    student = ("compress", "distill", "--teacher", "OUT/sst2/full", "--layers", "3", *common)
+    # begun by a student of the general model: three layers cut from the teacher reach 87.0 in that time
+    student = ("compress", "distill", "--teacher", "OUT/sst2/full", "--student", "OUT/sts/student")
+    student = (*student, *common)
     for seed in SEEDS:
-        whole = (*student, "--epochs", "1", "--eval-every", "1000", "--seed", str(seed))
+        whole = (*student, "--epochs", "1", "--eval-every", "700", "--seed", str(seed))
         yield Job(f"sst2/taught-{seed}", (*whole, "--losses", "logits,hidden"))
         yield Job(f"sst2/alone-{seed}", (*whole, "--losses", "hard"))
     for loss in ("hard", "logits", "reverse-kl", "jsd", "logits-mse"):
