@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import summary
+from benchmarks import figures, summary, tables
 from benchmarks.report import BenchmarkReport, VariantReport
 
 # Stand-ins that matplotlib draws with, and the CSS that takes their place.
@@ -51,10 +51,10 @@ def latency_plots(report: BenchmarkReport) -> list[Plot]:
             if x is None:
                 bars.append(_Bar(variant.name, "failed", None))
                 continue
-            text = f"{summary.number(1e3 * x.typical)} ms"
+            text = f"{figures.number(1e3 * x.typical)} ms"
             if x.speedup is not None:
-                faster = summary.factor(x.speedup.value)
-                text += f" · {faster if x.speedup.different else summary.NO_DIFFERENCE}"
+                faster = figures.factor(x.speedup.value)
+                text += f" · {faster if x.speedup.different else figures.NO_DIFFERENCE}"
             bars.append(_Bar(variant.name, text, x.typical, x.interval, variant is winner))
         plots.append(_bars(f"{place}", "Latency at " + place, bars))
     return plots
@@ -66,7 +66,7 @@ def resource_plots(report: BenchmarkReport) -> list[Plot]:
 
     def panel(title: str, values: list[tuple[VariantReport, int | None]]) -> Plot:
         bars = [
-            _Bar(v.name, "failed" if x is None else summary.megabytes(x), x, None, v is winner)
+            _Bar(v.name, "failed" if x is None else figures.megabytes(x), x, None, v is winner)
             for v, x in values
         ]
         return _bars(title, title, bars)
@@ -87,7 +87,7 @@ def load_plots(report: BenchmarkReport) -> list[Plot]:
             if x is None:
                 bars.append(_Bar(variant.name, "failed", None))
                 continue
-            text = f"{summary.number(x.sustained)} /s"
+            text = f"{figures.number(x.sustained)} /s"
             bars.append(_Bar(variant.name, text, x.sustained, x.interval, variant is winner))
         plots.append(
             _bars(f"{streams} at once", f"Requests answered in time, {streams} at once", bars)
@@ -109,7 +109,7 @@ def quality_plot(report: BenchmarkReport, width: int) -> Plot | None:
     front = pareto([(x.typical, sign * q.value) for _, x, q in points])
     better = "higher" if sign > 0 else "lower"
     values = "; ".join(
-        f"{v.name}: {summary.number(1e3 * x.typical)} ms, {summary.score(q.value)}"
+        f"{v.name}: {figures.number(1e3 * x.typical)} ms, {figures.score(q.value)}"
         for v, x, q in points
     )
     title = f"{(metric or '').replace('_', ' ')} against latency at {place}".capitalize()
@@ -150,7 +150,7 @@ def training_plots(report: BenchmarkReport) -> list[Plot]:
     for stage in summary.training_stages(report):
         steps, losses = zip(*stage.curve, strict=True)
         title = f"{stage.name}: {', '.join(stage.variants)}"
-        first, last = (summary.number(losses[i]) for i in (0, -1))
+        first, last = (figures.number(losses[i]) for i in (0, -1))
         with _settings(f"training {title}"):
             figure, axes = _figure(360, 200)
             axes.set_position((52 / 360, 44 / 200, 1 - 66 / 360, 1 - 60 / 200))
@@ -171,7 +171,7 @@ def training_plots(report: BenchmarkReport) -> list[Plot]:
 
 def operator_plot(report: BenchmarkReport, width: int, row: int = 58) -> Plot | None:
     """Return a bar per variant of what its operators take, the costliest first, or None."""
-    shown = [(v.name, summary.shown_operators(v.operators)) for v in report.variants if v.operators]
+    shown = [(v.name, tables.shown_operators(v.operators)) for v in report.variants if v.operators]
     if not shown:
         return None
     longest = max(sum(seconds for _, seconds in parts) for _, parts in shown) or 1.0
@@ -185,7 +185,7 @@ def operator_plot(report: BenchmarkReport, width: int, row: int = 58) -> Plot | 
             top, left = i * row + 25, 0.0
             whole = sum(seconds for _, seconds in parts)
             axes.text(0, top - 7, name, color=INK)
-            total = f"{summary.number(1e3 * whole)} ms"
+            total = f"{figures.number(1e3 * whole)} ms"
             axes.text(width, top - 7, total, color=MUTED, ha="right")
             for j, (operator, seconds) in enumerate(parts):
                 part = width * seconds / longest
@@ -230,7 +230,7 @@ def trend_plots(reports: Sequence[BenchmarkReport]) -> list[Plot]:
             axes.set_ylim(0, 1.15 * max(highs))
             axes.set_xticks(places)
             axes.set_xlabel("Report, oldest first", color=MUTED)
-            spoken = ", ".join(summary.number(value) for value in values)
+            spoken = ", ".join(figures.number(value) for value in values)
             plots.append(Plot(title, f"{title}, oldest first: {spoken}.", _svg(figure)))
     return plots
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks import lineage, summary
+from benchmarks import lineage, summary, tables
 from benchmarks.report import BenchmarkReport, Interval, VariantReport
-from benchmarks.summary import Table
+from benchmarks.tables import Table
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -67,10 +67,10 @@ def render_html(report: BenchmarkReport, earlier: Sequence[BenchmarkReport] = ()
         operators={name: plot for name, plot in operators.items() if plot is not None},
         load=plots.load_plots(report),
         trends=plots.trend_plots([*earlier, report]),
-        history=summary.history_table([*earlier, report]),
+        history=tables.history_table([*earlier, report]),
         scatters={name: plot for name, plot in scatters.items() if plot is not None},
         lineage=lineage.tree(report.variants),
-        environment=summary.environment_rows(report),
+        environment=tables.environment_rows(report),
         data=report.to_json(),
     )
 
@@ -108,7 +108,7 @@ def render_markdown(report: BenchmarkReport) -> str:
         )
     )
     parts.append("## Environment")
-    rows = summary.environment_rows(report)
+    rows = tables.environment_rows(report)
     parts.append("\n".join(f"- {name}: {_escape(value)}" for name, value in rows))
     if report.command:
         parts.append(f"Repeat it:\n\n    {' '.join(report.command.split())}")
@@ -171,7 +171,7 @@ def render_table(report: BenchmarkReport) -> "RichTable":
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    table = summary.summary_table(report)
+    table = tables.summary_table(report)
     # As text, for rich would read [red] in a variant's name as markup.
     verdict = Text(summary.verdict(report), style="bold")
     drawn = RichTable(title=verdict, title_justify="left", caption_justify="left")
@@ -187,13 +187,13 @@ def render_table(report: BenchmarkReport) -> "RichTable":
 
 def _tables(report: BenchmarkReport) -> list[Table]:
     return [
-        summary.summary_table(report),
-        summary.latency_table(report),
-        summary.load_table(report),
-        summary.quality_table(report),
-        summary.resources_table(report),
-        summary.attribution_table(report),
-        summary.operators_table(report),
+        tables.summary_table(report),
+        tables.latency_table(report),
+        tables.load_table(report),
+        tables.quality_table(report),
+        tables.resources_table(report),
+        tables.attribution_table(report),
+        tables.operators_table(report),
     ]
 
 

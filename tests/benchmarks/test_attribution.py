@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.attribution import steps
 from benchmarks.report import BenchmarkReport
-from benchmarks.summary import attribution_table
+from benchmarks.tables import attribution_table
 from tests.benchmarks.reports import make_report
 
 SOURCE = {"stage": "source", "model": "m"}

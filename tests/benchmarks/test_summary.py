@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import summary
+from benchmarks import figures, summary, tables
 from benchmarks.plots import pareto
 from benchmarks.report import BenchmarkReport, Quality
 from tests.benchmarks.reports import make_report, make_variant
@@ -60,7 +60,7 @@ def test_what_is_proven_comes_before_what_may_be() -> None:
 
 
 def test_a_small_difference_is_told_in_figures_that_show_it() -> None:
-    assert [summary.factor(x) for x in (4.41, 1.02, 0.98, 1.06)] == [
+    assert [figures.factor(x) for x in (4.41, 1.02, 0.98, 1.06)] == [
         "4.4 ×",
         "1.02 ×",
         "0.980 ×",
@@ -89,7 +89,7 @@ def test_percentiles_need_calls() -> None:
     report = only("PyTorch")
     few = replace(report.variants[0].latency[0], calls=30)
     report = replace(report, variants=[replace(report.variants[0], latency=[few])])
-    row = dict(zip(summary.latency_table(report).columns, summary.latency_table(report).rows[0]))
+    row = dict(zip(tables.latency_table(report).columns, tables.latency_table(report).rows[0]))
     assert row["p95, ms"].text != "–"
     assert row["p99, ms"].text == "–"
 
@@ -99,17 +99,17 @@ def test_percentiles_need_calls() -> None:
     [(0, "0"), (0.04183, "0.0418"), (4.1849, "4.18"), (32.46, "32.5"), (1430.2, "1,430")],
 )
 def test_number(value: float, text: str) -> None:
-    assert summary.number(value) == text
+    assert figures.number(value) == text
 
 
 def test_spans_and_signs() -> None:
-    assert summary.span(10.69, 10.74) == "10.69–10.74"
-    assert summary.megabytes(24_312_000) == "24.3 MB"
-    assert summary.megabytes(3_456) == "3.46 kB"
+    assert figures.span(10.69, 10.74) == "10.69–10.74"
+    assert figures.megabytes(24_312_000) == "24.3 MB"
+    assert figures.megabytes(3_456) == "3.46 kB"
     quality = Quality("spearman", 86.5, True, 9, -0.214, None)
-    assert summary.difference(quality) == "−0.21"
-    assert summary.difference(quality, short=True) == "−0.2"
-    assert summary.difference(replace(quality, difference=-0.001)) == "±0"
+    assert figures.difference(quality) == "−0.21"
+    assert figures.difference(quality, short=True) == "−0.2"
+    assert figures.difference(replace(quality, difference=-0.001)) == "±0"
 
 
 def test_the_verdict_tells_how_sure_a_difference_is() -> None:
