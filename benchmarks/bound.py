@@ -1,7 +1,7 @@
 """A session whose inputs and outputs stay on the device, so that a call's time is the device's own."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ class Feed:
 
     binding: Any
     options: Any
-    values: tuple[Any, ...]  # the inputs' buffers, where they are kept
+    values: tuple[Any, ...]  # the inputs' buffers
 
 
 class BoundSession:
@@ -38,44 +38,35 @@ class BoundSession:
 
     def prepare(self, inputs: Mapping[str, np.ndarray]) -> Feed:
         """Put a complete feed's arrays on the device; where kernels are recorded, into those buffers."""
-        if self._graphs:
-            return self._record(inputs)
-        return Feed(self._bind(inputs), ort.RunOptions(), ())
-
-    def _bind(self, inputs: Mapping[str, np.ndarray]) -> Any:
-        binding = self._session.io_binding()
-        for name, array in inputs.items():
-            binding.bind_ortvalue_input(name, value_of(array, self._device))
-        for name, place in self._places.items():
-            binding.bind_output(name, place)
-        binding.synchronize_inputs()
-        return binding
-
-    def _record(self, inputs: Mapping[str, np.ndarray]) -> Feed:
-        """Return the feed of these shapes, its kernels recorded at its first run, with these values."""
+        if not self._graphs:
+            return self._feed(inputs)
         shapes = tuple((name, array.shape) for name, array in inputs.items())
         if shapes not in self._recorded:
-            values = {name: value_of(array, self._device) for name, array in inputs.items()}
-            binding = self._session.io_binding()
-            for name, value in values.items():
-                binding.bind_ortvalue_input(name, value)
-            for name, place in self._places.items():
-                binding.bind_output(name, place)
-            self._session.run_with_iobinding(
-                binding, _graph(-1)
-            )  # not recorded: it makes the outputs
-            made = binding.get_outputs()
-            binding.clear_binding_outputs()
-            for name, value in zip(
-                self._places, made, strict=True
-            ):  # what is recorded writes there
-                binding.bind_ortvalue_output(name, value)
-            number = len(self._recorded)
-            self._recorded[shapes] = Feed(binding, _graph(number), tuple(values.values()))
+            self._recorded[shapes] = self._record(self._feed(inputs), len(self._recorded))
         feed = self._recorded[shapes]
         for value, array in zip(feed.values, inputs.values(), strict=True):
             value.update_inplace(array)
         return feed
+
+    def _feed(self, inputs: Mapping[str, np.ndarray]) -> Feed:
+        """Return the inputs in buffers of their own."""
+        values = {name: value_of(array, self._device) for name, array in inputs.items()}
+        binding = self._session.io_binding()
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        for name, place in self._places.items():
+            binding.bind_output(name, place)
+        binding.synchronize_inputs()
+        return Feed(binding, ort.RunOptions(), tuple(values.values()))
+
+    def _record(self, feed: Feed, number: int) -> Feed:
+        """Return the feed with outputs that stay where they are; its next run is recorded."""
+        self._session.run_with_iobinding(feed.binding, _graph(-1))  # which makes the outputs
+        made = feed.binding.get_outputs()
+        feed.binding.clear_binding_outputs()
+        for name, value in zip(self._places, made, strict=True):
+            feed.binding.bind_ortvalue_output(name, value)
+        return replace(feed, options=_graph(number))
 
     def run(self, feed: Feed) -> Feed:
         """Compute the outputs, and wait for the device to be done."""

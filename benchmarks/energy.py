@@ -34,9 +34,8 @@ class Meter:
             return None
         for i, (path, limit) in enumerate(self._packages):
             now = int(path.read_text())
-            self._passed[i] += (
-                (now - self._last[i]) % limit if now < self._last[i] else now - self._last[i]
-            )
+            wrapped = limit if now < self._last[i] else 0
+            self._passed[i] += now - self._last[i] + wrapped
             self._last[i] = now
         used = sum(self._passed) / 1e6
         return used + sum(gpu() / 1e3 for gpu in self._gpus)

@@ -7,13 +7,13 @@ the graphs to products in full float32.
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks import gpus
 from calib_data.errors import OnnxPressError, ProviderError
 
 MODELS = ("bert", "gpt2")
@@ -80,7 +80,7 @@ def time_half(directory: Path, shapes: str, device: str = "cuda") -> None:
 
 def table(directory: Path) -> Iterator[str]:
     """Yield the lines of the result, the machine first."""
-    yield f"{_gpu()}; {_versions()}"
+    yield f"{gpus.describe()}; {_versions()}"
     yield ""
     rows = [row for model in MODELS for row in _rows(directory / model)]
     labels = list(dict.fromkeys(label for _, _, latency in rows for label in latency))
@@ -128,12 +128,6 @@ def _read(path: Path) -> Any:
 
 def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def _gpu() -> str:
-    asked = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    name, driver = subprocess.check_output(asked, text=True).splitlines()[0].split(", ")
-    return f"{name}, driver {driver}"
 
 
 def _versions() -> str:

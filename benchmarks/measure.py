@@ -63,7 +63,8 @@ def benchmark(
     workloads = [placed for count in counts for placed in on_threads(inputs, count, len(counts))]
     evaluation = Evaluation.open(config, first) if config.eval else None
     kept = Journal(journal, _identity(variants, baseline, sources, config, environment))
-    steps = len(variants) * (len(counts) + len(workloads) * (config.rounds + 1) + 1)
+    loads = len(counts) + len(config.streams)
+    steps = len(variants) * (loads + len(workloads) * (config.rounds + 1) + 1)
     steps += len(variants) * len(evaluation.metrics) if evaluation else 0
     steps += len(variants) * len(config.streams) * load.STEPS
     step = Steps(progress, steps)
@@ -78,7 +79,7 @@ def benchmark(
             if evaluation and count == counts[-1]:
                 evaluation.run(subjects, reference, config.seed, kept, step)
     for streams in config.streams:
-        with _opened(subjects, replace(place, streams=streams)):
+        with _opened(subjects, replace(place, streams=streams), step):
             load.measure(subjects, smallest(inputs), streams, counts[-1], config, kept, step)
     if all(subject.failure is not None for subject in subjects):
         raise WorkerError(
@@ -100,15 +101,14 @@ def benchmark(
 
 
 @contextmanager
-def _opened(subjects: Sequence[Subject], place: Place, step: Steps | None = None) -> Iterator[None]:
+def _opened(subjects: Sequence[Subject], place: Place, step: Steps) -> Iterator[None]:
     """Give every subject a process that has loaded its model on so many threads, for a while."""
     with ExitStack() as stack:
         for subject in subjects:
             subject.worker = stack.enter_context(Worker(subject.variant, place))
-            if step:
-                step(f"loading {subject.name}")
+            step(f"loading {subject.name}")
             info = subject.attempt(subject.worker.load)
-            subject.info = info or subject.info
+            subject.info = subject.info or info  # of the first time, before its files are in memory
         yield
 
 
@@ -172,12 +172,9 @@ def latency(
     seconds = statistics.pooled(timing.rounds)
     typical = statistics.typical(seconds, workload.ragged)
     interval = statistics.typical_interval(timing.rounds, seed=config.seed, ragged=workload.ragged)
-    width = statistics.half_width(typical, interval)
     speedup = None
     if baseline:
-        ratios = statistics.round_ratios(timing.rounds, baseline, workload.ragged)
-        speedup = speedup_of(ratios)
-        width = statistics.half_width(speedup.value, speedup.interval)
+        speedup = speedup_of(statistics.round_ratios(timing.rounds, baseline, workload.ragged))
     return Latency(
         workload=workload.label,
         kind=workload.kind,
@@ -194,7 +191,7 @@ def latency(
         tokens_per_second=None if workload.tokens is None else workload.tokens / typical,
         warm_up_calls=timing.warm_up.calls,
         settled=timing.warm_up.settled,
-        precise=width <= config.precision,
+        precise=statistics.precision(timing.rounds, baseline, workload.ragged) <= config.precision,
         speedup=speedup,
         agreement=timing.agreement,
         joules=timing.joules,

@@ -85,9 +85,17 @@ def is_different(ratios: Sequence[float]) -> bool:
     return not low <= 1 <= high
 
 
-def half_width(value: float, interval: tuple[float, float]) -> float:
-    """Return half of an interval as a share of the value that it is about."""
-    low, high = interval
+def precision(rounds: Rounds, baseline: Rounds | None, ragged: bool = False) -> float:
+    """Return half of the interval of the ratios to the baseline as a share of their median.
+
+    Without a baseline, of what a call takes.
+    """
+    if baseline is None:
+        value = typical(pooled(rounds), ragged)
+        low, high = typical_interval(rounds, seed=0, ragged=ragged, resamples=200)
+    else:
+        ratios = round_ratios(rounds, baseline, ragged)
+        value, (low, high) = percentile(ratios, 50), sign_interval(ratios)
     return (high - low) / (2 * value)
 
 

@@ -144,39 +144,23 @@ def _restore(
 
 
 def _precise(
-    subjects: Sequence[Subject], reference: Subject, workload: Workload, precision: float
+    subjects: Sequence[Subject], reference: Subject, workload: Workload, wanted: float
 ) -> bool:
     """Return whether the ratios to the reference, or all times without one, are as sure as asked for."""
+    label = workload.label
     live = [subject for subject in subjects if subject.failure is None]
     compared = [s for s in live if s is not reference] if reference.failure is None else []
+    theirs = reference.timings[label].rounds if compared else None
     return all(
-        _width(subject, reference if compared else None, workload) <= precision
+        statistics.precision(subject.timings[label].rounds, theirs, workload.ragged) <= wanted
         for subject in compared or live
-    )
-
-
-def _width(subject: Subject, reference: Subject | None, workload: Workload) -> float:
-    """Return half of the interval of a ratio, or of a time, as a share of it."""
-    rounds = subject.timings[workload.label].rounds
-    if reference is None:
-        whole = statistics.typical(statistics.pooled(rounds), workload.ragged)
-        interval = statistics.typical_interval(
-            rounds, seed=0, ragged=workload.ragged, resamples=200
-        )
-        return statistics.half_width(whole, interval)
-    theirs = reference.timings[workload.label].rounds
-    ratios = statistics.round_ratios(rounds, theirs, workload.ragged)
-    return statistics.half_width(
-        statistics.percentile(ratios, 50), statistics.sign_interval(ratios)
     )
 
 
 def _check_outputs(subjects: Sequence[Subject], reference: Subject, workload: Workload) -> None:
     """Compare what the timed calls computed with the baseline's: a fast wrong model cannot win."""
     mine = reference.timings[workload.label].outputs
-    reference.attempt(
-        agreement, mine, None, None
-    )  # which nothing is compared with if it is no number
+    reference.attempt(agreement, mine, None, None)  # nothing is compared with what is no number
     expected = mine if reference.failure is None else None
     generated = workload.kind == "decoding"
     name = None if generated else reference.source.output

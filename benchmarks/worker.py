@@ -138,7 +138,7 @@ class Worker:
         """Return the energy of a timed call on average, since the last time this was asked; or None."""
         return self._call("joules")
 
-    def operators(self, shape: tuple[int, int]) -> "GraphUse | None":
+    def operators(self, shape: tuple[int, int]) -> GraphUse | None:
         """Return what ONNX Runtime makes of the graph at (batch, length), None where it is no graph.
 
         The graph is opened anew: ask a worker that has not loaded it, for sessions disturb each other.
@@ -270,9 +270,8 @@ class _Model:
         Return the seconds from each arrival to its answer.
         """
         run = self._run_for(inputs)
-        feeds = [
-            self.loaded.prepare(inputs) for _ in range(streams)
-        ]  # two streams may not share one
+        # two streams may not share one
+        feeds = [self.loaded.prepare(inputs) for _ in range(streams)]
         queue, lock = iter(arrivals), threading.Lock()
         spent: list[float] = []
         begun = time.perf_counter()
@@ -296,7 +295,7 @@ class _Model:
         (spent, calls), self.used = self.used, (0.0, 0)
         return spent / calls if calls else None
 
-    def operators(self, shape: tuple[int, int]) -> "GraphUse | None":
+    def operators(self, shape: tuple[int, int]) -> GraphUse | None:
         inspect = find_runtime(self.variant.runtime).inspect
         if inspect is None:
             return None

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_check
+from benchmarks import gpu_check, gpus
 
 SCRIPT = Path(gpu_check.__file__).with_name("gpu_check.sh")
 
@@ -33,7 +33,7 @@ def test_a_machine_without_cuda_is_one_line(tmp_path: Path) -> None:
 def test_table_holds_what_was_found_and_why_the_rest_was_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_check, "_gpu", lambda: "Some GPU, driver 1.2")
+    monkeypatch.setattr(gpus, "describe", lambda: "Some GPU, driver 1.2")
     monkeypatch.setattr(gpu_check, "MODELS", ("bert",))
     bert = tmp_path / "bert"
     (bert / "report").mkdir(parents=True)
