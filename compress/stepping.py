@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from calib_data.errors import TrainingError
 from compress.config import require
+from compress.cpu_attention import CpuAttention
+from compress.embedding_gradients import EmbeddingGradients
 from compress.processes import on_cpu
 from compress.recompute import recompute_layers_, recomputed_layers
 from compress.train_config import TrainConfig, parameter_groups
@@ -97,6 +99,9 @@ class Stepper:
         fused = not self.sharded and config.precision != "fp16"
         optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)
         self.model, self.optimizer = self.accelerator.prepare(_Loss(module, loss_of), optimizer)
+        # Processes share dense gradients alone.
+        alone = self.processes == 1 and self.accelerator.device.type == "cpu"
+        self._tables = EmbeddingGradients(module if alone else None)
         self.to_training_mode_()
 
     @property
@@ -121,15 +126,16 @@ class Stepper:
             counted.update(units(part))
         names: tuple[str, ...] = ()
         rows = []
-        for part in parts:
-            batch, share = self._own_rows(part)
-            with self.accelerator.accumulate(self.model):
-                terms = self.model(batch, counted)
-                names = tuple(terms)
-                values = share * torch.stack([value.float() for value in terms.values()])
-                # Accelerate divides by the batches of a step, and takes the mean over processes.
-                self.accelerator.backward(values.sum() * len(parts) * self.processes)
-            rows.append(values.detach())
+        with self._tables.kept(), CpuAttention():
+            for part in parts:
+                batch, share = self._own_rows(part)
+                with self.accelerator.accumulate(self.model):
+                    terms = self.model(batch, counted)
+                    names = tuple(terms)
+                    values = share * torch.stack([value.float() for value in terms.values()])
+                    # Accelerate divides by the batches of a step, and takes the mean over processes.
+                    self.accelerator.backward(values.sum() * len(parts) * self.processes)
+                rows.append(values.detach())
         table = torch.stack(rows)  # (parts, terms)
         if self.processes > 1:
             table = self.accelerator.reduce(table, "sum")
