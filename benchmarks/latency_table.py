@@ -30,7 +30,7 @@ from compress.files import destination_errors, write_json
 from compress.plan import PrunePlan
 from compress.stacks import droppable_stacks
 
-SCHEMA = 1  # raised when tables of older versions would mislead
+SCHEMA = 2  # raised when tables of older versions would mislead
 _LEVELS = (2 / 3, 1 / 4)  # of a block's units, at which it is timed
 _STEP = 16  # numbers of neurons that are timed are multiples of it
 _WHOLE = "whole"

@@ -1,6 +1,7 @@
 """How fast a checkpoint's graph is next to another's, both timed in the same rounds.
 
-Graphs are exported without the gate, which asks what they compute; here they are only timed.
+Graphs are exported without the gate, which asks what they compute; here they are only timed, in float
+or quantized.
 """
 
 import random
@@ -22,6 +23,8 @@ from benchmarks.worker import Variant, Worker
 from calib_data.errors import ModelError
 from compress.checkpoint import Checkpoint
 from compress.config import StageConfig, one_of, require
+from compress.quantize import quantize
+from compress.quantize_config import QuantizeConfig
 
 _REFERENCE = "reference"
 _SHARE = 0.5  # of the free memory that graphs side by side may take
@@ -39,6 +42,7 @@ class Conditions(StageConfig):
     threads: int | None = None  # per graph; None: all cores that this process may use
     rounds: int = 9  # every graph is timed once per round
     seconds: float = 0.3  # per graph, shape and round
+    scheme: str | None = None  # by which graphs are quantized before they are timed; None: float
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shapes", tuple(tuple(shape) for shape in self.shapes))
@@ -54,6 +58,12 @@ class Conditions(StageConfig):
             f"rounds must be at least {MINIMUM_ROUNDS}, got {self.rounds}",
         )
         require(self.seconds > 0, f"seconds per round must be above 0, got {self.seconds}")
+        if self.scheme is not None:
+            require(
+                not QuantizeConfig(self.scheme, target=self.provider).needs_data,
+                f"graphs are timed without data, which the scheme {self.scheme} needs; dynamic takes "
+                "about the same time",
+            )
 
     @property
     def used_threads(self) -> int:
@@ -128,6 +138,10 @@ class Yardstick:
         from export.serialize import write_model
 
         progress(f"exporting {name}")
+        conditions = self.conditions
+        if conditions.scheme is not None:
+            config = QuantizeConfig(conditions.scheme, target=conditions.provider)
+            checkpoint = quantize(checkpoint, config).checkpoint
         made = parts(checkpoint)
         if "model" not in made:
             raise ModelError(
@@ -135,7 +149,7 @@ class Yardstick:
                 "of one graph are timed; say how much to remove with --heads and --ffn, or --size"
             )
         path = Path(self._folder.name) / f"{name}.onnx"
-        write_model(build_graph(made["model"], ExportConfig(target=self.conditions.provider)), path)
+        write_model(build_graph(made["model"], ExportConfig(target=conditions.provider)), path)
         return path
 
     def _rounds(

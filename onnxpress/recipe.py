@@ -336,7 +336,9 @@ def _finetune(settings: Mapping[str, Any], out: Path, run: Run, recipe: Recipe) 
 
 
 # settings of a pruning step that are not of a config: what is aimed at, and how it is healed
-_TARGET = {"speedup", "latency", "size", "provider", "shape", "threads", "tables", "whole_layers"}
+_TARGET = {
+    "speedup", "latency", "size", "provider", "shape", "threads", "scheme", "tables", "whole_layers"
+}  # fmt: skip
 _HEAL = {"heal", "schedule", "rounds", "pack"}
 _BESIDES = {
     "sparsity", "sparsity_method", "vocab_from", "vocab_columns", "vocab_min_count", "keep_tokens"

@@ -33,6 +33,8 @@ class Target:
         least = 1 if name == "speedup" else 0
         if not least < value < float("inf"):
             raise ConfigError(f"--{name} must be above {least}, got {value:g}")
+        if self.size is not None and self.settings.get("scheme"):
+            raise ConfigError("--scheme says how graphs are timed, --size counts float weights")
         if self.latency is not None and len(self.settings.get("shapes", "1")) > 1:
             raise ConfigError("--latency is of one shape; name one, or use --speedup")
 
@@ -63,7 +65,7 @@ def target_of(settings: Mapping[str, Any]) -> Target | None:
     """
     asked = {name: settings.get(name) for name in ("speedup", "latency", "size")}
     if all(value is None for value in asked.values()):
-        for name in ("tables", "whole_layers"):
+        for name in ("tables", "whole_layers", "scheme"):
             if settings.get(name):
                 option = name.replace("_", "-")
                 raise ConfigError(f"--{option} goes with --speedup, --latency or --size; add one")
@@ -72,6 +74,7 @@ def target_of(settings: Mapping[str, Any]) -> Target | None:
         "provider": settings.get("provider", "cpu"),
         "shapes": parse_shapes(settings.get("shape") or SHAPE, "--shape"),
         "threads": settings.get("threads"),
+        "scheme": settings.get("scheme"),
     }
     tables = settings.get("tables")
     folder = None if tables is None else Path(tables)

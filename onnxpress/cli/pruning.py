@@ -38,6 +38,7 @@ from onnxpress.training import TrainingChoice
 
 # by name, so that --help imports no torch; a test holds them to compress
 SPARSITY_NAMES = ("sparsegpt", "wanda", "magnitude")
+TIMED_SCHEMES = ("dynamic", "weight-only")  # those that need no data
 CRITERIA_NAMES = ("fisher", "taylor", "gradient", "magnitude", "wanda", "random")
 
 
@@ -104,6 +105,10 @@ def target_options(command: Command) -> Command:
     )  # fmt: skip
     @click.option("--threads", type=int, help="Of the measured graphs; by default all cores.")
     @click.option(
+        "--scheme", type=click.Choice(TIMED_SCHEMES),
+        help="Measure graphs that are quantized so, as the result will be; default: float.",
+    )  # fmt: skip
+    @click.option(
         "--whole-layers", is_flag=True, help="Whole layers may go, where that costs least."
     )
     @click.option(
@@ -119,13 +124,15 @@ def target_options(command: Command) -> Command:
         provider: str,
         shapes: str,
         threads: int | None,
+        scheme: str | None,
         whole_layers: bool,
         tables: Path | None,
         **kwargs: Any,
     ) -> Any:
         settings = {
             "speedup": speedup, "latency": latency, "size": size, "provider": provider,
-            "shape": shapes, "threads": threads, "whole_layers": whole_layers, "tables": tables,
+            "shape": shapes, "threads": threads, "scheme": scheme, "whole_layers": whole_layers,
+            "tables": tables,
         }  # fmt: skip
         return command(*args, target=target_of(settings), **kwargs)
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import onnx
 import pytest
 import torch
 
@@ -27,6 +28,23 @@ def test_a_smaller_graph_is_compared_with_the_whole() -> None:
     assert timed.milliseconds == pytest.approx(timed.relative * timed.reference_milliseconds)
     assert timed.speedup == 1 / timed.relative
     assert {"exporting small", "loading reference"} <= set(told)
+
+
+def test_graphs_are_quantized_as_the_result_will_be() -> None:
+    checkpoint = tiny_checkpoint("bert")
+    operators = []
+    for scheme in (None, "dynamic"):
+        with Yardstick(checkpoint, replace(QUICK, scheme=scheme)) as yardstick:
+            path = yardstick._export("x", checkpoint, lambda what: None)
+            operators.append({node.op_type for node in onnx.load(path).graph.node})
+    assert "MatMulInteger" in operators[1] - operators[0]
+
+
+def test_a_scheme_that_needs_data_is_refused() -> None:
+    with pytest.raises(ConfigError, match="dynamic takes about the same time"):
+        replace(QUICK, scheme="static")
+    with pytest.raises(ConfigError, match="weight-only"):
+        replace(QUICK, scheme="dynamic", provider="cuda")
 
 
 def test_a_graph_that_computes_nonsense_fails() -> None:

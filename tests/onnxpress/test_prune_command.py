@@ -15,9 +15,10 @@ from compress.criteria import CRITERIA
 from compress.loading import open_checkpoint
 from compress.plan import PrunePlan
 from compress.prune_config import PruneConfig
+from compress.quantize_config import SCHEME_SETTINGS, QuantizeConfig
 from compress.sparsity import METHODS, zero_share
 from onnxpress.cli import onnxpress_group
-from onnxpress.cli.pruning import CRITERIA_NAMES, SPARSITY_NAMES
+from onnxpress.cli.pruning import CRITERIA_NAMES, SPARSITY_NAMES, TIMED_SCHEMES
 from onnxpress.prune_choice import HealChoice, PruneChoice, config_of, rounds_of
 from onnxpress.prune_shares import next_shares
 from onnxpress.target import Target
@@ -283,6 +284,9 @@ def test_what_learns_from_data_needs_it(prune: Callable[..., Result], tmp_path: 
 def test_the_command_knows_every_criterion() -> None:
     assert CRITERIA_NAMES == CRITERIA
     assert SPARSITY_NAMES == METHODS
+    assert [name for name in SCHEME_SETTINGS if not QuantizeConfig(name).needs_data] == list(
+        TIMED_SCHEMES
+    )
 
 
 def test_shares_are_a_quarter_where_nothing_is_said() -> None:

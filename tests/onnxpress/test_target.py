@@ -161,6 +161,7 @@ def test_a_latency_above_the_models_is_refused(yardstick: type[Fake]) -> None:
         ({"speedup": float("nan")}, "--speedup must be above 1"),
         ({"latency": 0.0}, "--latency must be above 0"),
         ({"latency": 1.0, "settings": {"shapes": ((1, 8), (2, 8))}}, "of one shape"),
+        ({"size": 1.0, "settings": {"scheme": "dynamic"}}, "--size counts float weights"),
     ],
 )
 def test_targets_reject_nonsense(settings: dict[str, Any], message: str) -> None:
@@ -169,10 +170,9 @@ def test_targets_reject_nonsense(settings: dict[str, Any], message: str) -> None
 
 
 def test_options_make_a_target() -> None:
-    found = target_of({"speedup": 1.5, "shape": "1x32,8x128", "provider": "cuda", "threads": 1})
-    assert found == Target(
-        1.5, settings={"provider": "cuda", "shapes": ((1, 32), (8, 128)), "threads": 1}
-    )
+    given = {"provider": "cpu", "threads": 1, "scheme": "dynamic"}
+    found = target_of({"speedup": 1.5, "shape": "1x32,8x128", **given})
+    assert found == Target(1.5, settings={**given, "shapes": ((1, 32), (8, 128))})
     assert replace(found, speedup=2.0).to_json()["conditions"]["shapes"] == [[1, 32], [8, 128]]
     assert target_of({"provider": "cuda"}) is None
     with pytest.raises(ConfigError, match="--whole-layers goes with --speedup"):
