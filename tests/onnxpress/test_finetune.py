@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onnxpress.recipe import read_recipe, run_recipe
+from onnxpress.recipe import read_recipe
+from onnxpress.recipe_run import run_recipe
 from onnxpress.stages import Run
 from tests.onnxpress.test_cli import invoke, must
 from tests.tiny import SENTENCES, tiny_checkpoint, write, write_classifier, write_sentence_encoder

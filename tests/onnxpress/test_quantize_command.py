@@ -8,7 +8,8 @@ import onnx_ir as ir
 import pytest
 
 from calib_data.errors import BudgetError, ConfigError
-from onnxpress.recipe import read_recipe, run_recipe
+from onnxpress.recipe import read_recipe
+from onnxpress.recipe_run import run_recipe
 from onnxpress.stages import Run
 from tests.onnxpress.test_cli import invoke, must
 from tests.tiny import SENTENCES, tiny_checkpoint, write, write_classifier, write_sentence_encoder

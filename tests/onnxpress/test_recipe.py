@@ -10,9 +10,12 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+from click.testing import CliRunner
 
 from calib_data.errors import ConfigError
-from onnxpress.recipe import read_recipe, run_recipe
+from onnxpress.cli import onnxpress_group
+from onnxpress.recipe import read_recipe
+from onnxpress.recipe_run import run_recipe
 from onnxpress.stages import Run
 from tests.tiny import SENTENCES, write_sentence_encoder
 
@@ -124,6 +127,8 @@ def test_killed_at_any_moment_a_second_start_finishes(recipe_file: Path, tmp_pat
         ("model: x\nsteps: [{name: ../a, stage: export, from: model}]", "cannot be a step's name"),
         ("model: x\nsteps: [{name: a, stage: export}]", "`from`"),
         ("model: x\nsteps: [{name: a}]", "`stage`"),
+        ("model: ${y}\nvariables: {x: 1}\nsteps: []", r"\$\{y\} is not among its `variables`"),
+        ("model: x\nvariables: x\nsteps: []", "names with values"),
     ],
 )
 def test_bad_recipes_are_refused(tmp_path: Path, text: str, told: str) -> None:
@@ -132,6 +137,33 @@ def test_bad_recipes_are_refused(tmp_path: Path, text: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told) as caught:
         read_recipe(path)
     assert "\n" not in str(caught.value)
+
+
+def test_variables_are_set_from_outside(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "model: ${folder}/m\nvariables: {folder: here, steps: 3, data: pydoc}\nsteps:\n"
+        "  - {name: a, stage: prune, from: model, heal: '${steps}', data: '${data}', shape: 8x128}\n"
+    )
+    plain = read_recipe(path)
+    assert plain.origin.model == "here/m"
+    assert plain.origin.command == "onnxpress run recipe.yaml -o DIR"
+    assert dict(plain.steps[0].settings) == {
+        "from": "model", "heal": 3, "data": "pydoc", "shape": "8x128",
+    }  # fmt: skip
+    given = {"steps": "20", "data": "a b.txt,{x}: y.csv"}
+    changed = read_recipe(path, given)
+    assert changed.steps[0].settings["heal"] == 20
+    assert changed.steps[0].settings["data"] == given["data"]  # not YAML's idea of it
+    assert changed.origin.command.endswith("--set steps=20 --set 'data=a b.txt,{x}: y.csv' -o DIR")
+    with pytest.raises(ConfigError, match="no variable 'heal'; there are folder, steps, data"):
+        read_recipe(path, {"heal": "20"})
+
+
+def test_a_setting_from_the_command_line_is_one_assignment(recipe_file: Path) -> None:
+    result = CliRunner().invoke(onnxpress_group, ["run", str(recipe_file), "--set", "x", "-o", "y"])
+    assert result.exit_code == 2
+    assert "--set wants NAME=VALUE, got 'x'" in result.output
 
 
 def test_an_unknown_setting_is_named(recipe_file: Path, tmp_path: Path) -> None:
