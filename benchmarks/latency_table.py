@@ -113,6 +113,8 @@ def latency_table(
     Without `folder` it is the user's cache. Raises what `Yardstick.time` raises.
     """
     described = describe(checkpoint, yardstick.conditions)
+    if checkpoint is not yardstick.reference:
+        described["reference"] = describe(yardstick.reference, yardstick.conditions)["model"]
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
     path = (folder or cache_folder()) / f"{digest[:32]}.json"
     try:

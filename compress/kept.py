@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from calib_data.errors import ModelError
 from compress.blocks import find_groups, query_groups
 from compress.checkpoint import Checkpoint
 from compress.plan import PrunePlan
@@ -36,6 +37,25 @@ def kept_layers(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
             before = found.get(stack, {"kept": range(row["of"]), "of": row["of"]})
             kept = [before["kept"][layer] for layer in row["kept"]]
             found[stack] = {"kept": kept, "of": before["of"]}
+    return found
+
+
+def layers_left(original: Checkpoint, pruned: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Return, by stack that layers were dropped from since `original`, which of its layers are left.
+
+    Raises `ModelError` where `pruned` has layers that the other has not: it was made of another one.
+    """
+    known = {stack: list(row["kept"]) for stack, row in kept_layers(original).items()}
+    found = {}
+    for stack, row in kept_layers(pruned).items():
+        before = known.get(stack, list(range(row["of"])))
+        if not set(row["kept"]) <= set(before):
+            raise ModelError(
+                f"layers {row['kept']} of the first model are left, of the original only {before}: "
+                "name a model that this one was pruned from"
+            )
+        if len(row["kept"]) < len(before):
+            found[stack] = tuple(before.index(layer) for layer in row["kept"])
     return found
 
 

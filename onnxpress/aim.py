@@ -23,7 +23,7 @@ Tell = Callable[[str], None]
 
 
 class Aim:
-    """A target for the pruned forms of one model. Use as a context manager."""
+    """A target for the pruned forms of `source`. Use as a context manager."""
 
     def __init__(self, source: "Checkpoint", target: Target) -> None:
         self.source, self.target = source, target
@@ -49,14 +49,13 @@ class Aim:
         found: "Study",
         limits: "Limits",
         share: float = 1.0,
-        before: float = 1.0,
         hidden: "tuple[int, ...] | None" = None,
         tell: Tell = lambda what: None,
     ) -> "tuple[PrunePlan, dict[str, Any]]":
         """Return the plan for `checkpoint` that meets the target, and what there is to tell of it.
 
-        `before` is how `checkpoint` compares with the source, in time or bytes; of the way that is left
-        `share` is to be covered now, counted in ratios. `hidden` are channels that stay in any case.
+        Of the way that is left from it to the target `share` is to be covered now, counted in ratios.
+        `hidden` are channels that stay in any case.
         Raises `ConfigError` for a target that cannot be reached, with the largest that can.
         """
         from compress.apply_plan import apply_plan
@@ -65,7 +64,7 @@ class Aim:
         narrow = checkpoint
         if hidden is not None:
             narrow = apply_plan(checkpoint, PrunePlan({}, hidden=hidden))
-        search = _Search(self, checkpoint, narrow, found, limits, share, before, hidden, tell)
+        search = _Search(self, checkpoint, narrow, found, limits, share, hidden, tell)
         return search.by_size() if self._yardstick is None else search.by_time(self._yardstick)
 
 
@@ -79,7 +78,6 @@ class _Search:
     found: "Study"
     limits: "Limits"
     share: float
-    before: float
     hidden: "tuple[int, ...] | None"
     tell: Tell
 
@@ -96,7 +94,8 @@ class _Search:
                 f"--size {asked / MB:g} is no less than the model's {whole / MB:.3g} MB"
             )
         least = self._lowest(cost)
-        wanted = self._wanted(asked / whole) * whole
+        before = weight_bytes(self.checkpoint.backbone) / whole
+        wanted = self._wanted(asked / whole, before) * whole
         if wanted < least:
             raise ConfigError(
                 f"--size {asked / MB:g} cannot be reached: {least / MB:.3g} MB are left {self._left()}"
@@ -120,7 +119,7 @@ class _Search:
         cost = table.cost(self.narrow.backbone)
         least = self._lowest(cost)
         source = table.milliseconds / table.relative  # of one call, by the table
-        wanted = self._wanted(self._ratio(source))
+        wanted = self._wanted(self._ratio(source), table.relative)
         if wanted * source < least:
             asked = " ".join(f"--{k} {v:g}" for k, v in self.aim.target.given.items())
             raise ConfigError(
@@ -136,7 +135,7 @@ class _Search:
             timed = yardstick.time({"pruned": apply_plan(self.checkpoint, plan)}, self.tell)[
                 "pruned"
             ]
-            wanted = self._wanted(self._ratio(timed.reference_milliseconds))
+            wanted = self._wanted(self._ratio(timed.reference_milliseconds), table.relative)
             tried.append((plan, timed, timed.relative / wanted - 1))
             if abs(tried[-1][2]) <= _CLOSE:
                 break
@@ -171,9 +170,9 @@ class _Search:
             )
         return target.latency / source
 
-    def _wanted(self, ratio: float) -> float:
-        """Return how the result of this round is to compare with the source, which is 1."""
-        return float(self.before * (ratio / self.before) ** self.share)
+    def _wanted(self, ratio: float, before: float) -> float:
+        """Return how the result of this round is to compare with the source, `before` being now."""
+        return float(before * (ratio / before) ** self.share)
 
     def _lowest(self, cost: "Cost") -> float:
         from compress.allocate import lowest

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from compress.checkpoint import Checkpoint
     from compress.distill_config import DistillConfig
     from compress.prune import PruneConfig
-    from onnxpress.stages import DataChoice
+    from onnxpress.stages import DataChoice, ModelChoice
 
 CALIBRATE = 512  # examples that importance and reconstruction look at
 SHARE = 0.25  # of heads and neurons to remove, where nothing says how much goes
@@ -34,9 +34,9 @@ class HealChoice:
             raise ConfigError(f"--heal must be at least 1 step, got {self.steps}")
 
     def config(
-        self, source: "Checkpoint", kept: "Mapping[str, tuple[int, ...]]"
+        self, teacher: "Checkpoint", kept: "Mapping[str, tuple[int, ...]]"
     ) -> "DistillConfig":
-        """Return the distillation from `source` to what keeps the layers in `kept`, by stack.
+        """Return the distillation from `teacher` to what keeps its layers in `kept`, by stack.
 
         A layer learns from the one that it was; classifiers learn hidden states besides logits.
         """
@@ -45,7 +45,7 @@ class HealChoice:
 
         train = TrainConfig(**{"learning_rate": _RATE, **self.train, "steps": self.steps})
         matching = dict(self.matching)
-        if not matching.get("losses") and source.task_row.target == "class":
+        if not matching.get("losses") and teacher.task_row.target == "class":
             matching["losses"] = ("logits", "hidden")
         if len(kept) == 1 and matching.get("layer_map", "uniform") == "uniform":
             pairs = (f"{mine}:{theirs}" for mine, theirs in enumerate(next(iter(kept.values()))))
@@ -86,6 +86,7 @@ class PruneChoice:
 
     target: Target | None = None
     plan: Path | None = None  # a plan made before
+    original: "ModelChoice | None" = None  # what the model was pruned from before
     heal: HealChoice | None = None
     rounds: int = 1  # prune, heal, prune again
     calibrate: int = CALIBRATE
@@ -107,6 +108,10 @@ class PruneChoice:
             )
         if self.plan is not None and (self.target or shares or config.hidden):
             raise ConfigError("--plan says what stays; leave out options that say how much goes")
+        if self.original is not None and not (self.heal or self.target):
+            raise ConfigError(
+                "--original is what healing learns from and --speedup is relative to; add one of them"
+            )
         if self.rounds < 1:
             raise ConfigError(f"--rounds must be at least 1, got {self.rounds}")
         if self.rounds > 1 and (self.heal is None or self.plan is not None):

@@ -42,11 +42,14 @@ class PruneJob:
         choice: PruneChoice,
         run: "Run",
         training: TrainingChoice,
+        original: "Checkpoint | None" = None,
     ) -> None:
+        """`original` is what speed is relative to and healing learns from: `source` without one."""
         from compress.prune import refuse_pruning
 
         refuse_pruning(source, choice.cuts(config) and config.reconstruct)
         self.source, self.data, self.config, self.choice = source, data, config, choice
+        self.original = original or source
         self.run, self.training = run, training
         self.calibration = self._calibration()
         self._aim: Aim | None = None
@@ -56,7 +59,7 @@ class PruneJob:
         """Hold what graphs are timed against, for as long as plans are made."""
         with contextlib.ExitStack() as stack:
             if self.choice.target is not None:
-                self._aim = stack.enter_context(Aim(self.source, self.choice.target))
+                self._aim = stack.enter_context(Aim(self.original, self.choice.target))
             yield
 
     def run_in(self, place: Place) -> Progressed:
@@ -102,7 +105,6 @@ class PruneJob:
                 found,
                 config.limits,
                 share=1 / left,
-                before=done.relative,
                 hidden=kept_channels(found, config),
                 tell=lambda what: advance(what, 0, None),
             )
@@ -189,9 +191,10 @@ class PruneJob:
             done.told[-1]["vocabulary"] = result.report
 
     def _heal(self, done: Progressed, heal: HealChoice, place: Place) -> None:
-        """Train what was pruned to behave like the source."""
+        """Train what was pruned to behave like the original."""
         from compress.distill import distill
         from compress.finetune import objective_of
+        from compress.kept import layers_left
         from compress.training import TrainRun
         from onnxpress.training import told
 
@@ -201,14 +204,14 @@ class PruneJob:
         workspace = replace(place.train_run.workspace, path=folder)
         objective = objective_of(self.source, heal.pack)
         batches = self.data.batches(
-            done.checkpoint, self.run.seed, True, objective, teacher=self.source
+            done.checkpoint, self.run.seed, True, objective, teacher=self.original
         )
-        config = heal.config(self.source, done.layers())
-        judge = self.training.judge(self.source, self.data.max_length)
+        config = heal.config(self.original, layers_left(self.original, done.checkpoint))
+        judge = self.training.judge(self.original, self.data.max_length)
         label = f"heal {done.healed + 1} of {self.choice.rounds}"
         with self.run.progress(label, config.train.total_steps(len(batches))) as advance:
             result = distill(
-                self.source,
+                self.original,
                 done.checkpoint,
                 batches,
                 config,
@@ -263,6 +266,7 @@ class PruneJob:
             "rounds": choice.rounds,
             "data": self.calibration and self.calibration.fingerprint,
             "model": weights_sha256(self.source.module),
+            "original": weights_sha256(self.original.module),
         }
         return dict(json.loads(json.dumps(settings)))
 

@@ -28,7 +28,7 @@ def prune_model(
     choice, training = choice or PruneChoice(), training or TrainingChoice()
     choice.check(config, data)
     with training.place(out, run) as place:
-        job = PruneJob(model.open(), data, config, choice, run, training)
+        job = _job(model, data, config, choice, run, training)
         with job.aim():
             done = job.run_in(place)
         place.save(done.checkpoint)
@@ -56,10 +56,9 @@ def plan_model(
         )
     if out.exists() and (out.is_dir() or not run.overwrite):
         raise DestinationError(f"{out} exists; name a new file, or pass --overwrite to replace one")
-    source = model.open()
-    job = PruneJob(source, data, config, choice, run, TrainingChoice())
+    job = _job(model, data, config, choice, run, TrainingChoice())
     with job.aim():
-        made = job.plan(Progressed(source, [], []))
+        made = job.plan(Progressed(job.source, [], []))
     with destination_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, made.plan.to_json())
@@ -69,6 +68,18 @@ def plan_model(
         "plan": made.plan.to_json(),
         **({"measured": made.measured} if made.measured else {}),
     }
+
+
+def _job(
+    model: "ModelChoice",
+    data: "DataChoice | None",
+    config: "PruneConfig",
+    choice: PruneChoice,
+    run: "Run",
+    training: TrainingChoice,
+) -> PruneJob:
+    original = None if choice.original is None else choice.original.open()
+    return PruneJob(model.open(), data, config, choice, run, training, original)
 
 
 def require_target(result: Mapping[str, Any]) -> None:

@@ -149,7 +149,15 @@ def _prune(settings: Mapping[str, Any], out: Path, run: Run, origin: Origin) -> 
     from compress.train_config import TrainConfig
 
     matching, train = _names(DistillConfig) - {"train"}, _names(TrainConfig) - {"steps", "schedule"}
-    own = {"data", "plan", "calibrate"} | _BESIDES | _TARGET | _HEAL | _TRAINING | matching | train
+    own = (
+        {"data", "plan", "original", "calibrate"}
+        | _BESIDES
+        | _TARGET
+        | _HEAL
+        | _TRAINING
+        | matching
+        | train
+    )
     _check_settings(settings, own, _names(DataChoice), _names(PruneConfig))
     heal = None
     if "heal" in settings:
@@ -162,6 +170,7 @@ def _prune(settings: Mapping[str, Any], out: Path, run: Run, origin: Origin) -> 
     choice = PruneChoice(
         target_of(settings),
         Path(settings["plan"]) if "plan" in settings else None,
+        ModelChoice(settings["original"]) if "original" in settings else None,
         heal,
         rounds_of(settings.get("schedule", "one-shot"), settings.get("rounds")),
         settings.get("calibrate", CALIBRATE),
@@ -248,7 +257,7 @@ def _report(settings: Mapping[str, Any], out: Path, run: Run, origin: Origin) ->
 STAGES = {
     "distill": Stage(_distill, ("from", "teacher"), 2),
     "finetune": Stage(_finetune, ("from",), 2),
-    "prune": Stage(_prune, ("from",), 4),
+    "prune": Stage(_prune, ("from", "original"), 4),
     "quantize": Stage(_quantize, ("from",), 2),
     "export": Stage(_export, ("from",), 3),
     "report": Stage(_report, ("bundles", "baseline"), 4),

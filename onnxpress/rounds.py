@@ -25,21 +25,6 @@ class Progressed:
     told: list[dict[str, Any]]  # by round
     healed: int = 0  # rounds whose healing is done
 
-    @property
-    def relative(self) -> float:
-        """How the checkpoint compares with the source: in time or bytes, whatever is aimed at."""
-        measured = self.told[-1].get("measured") if self.told else None
-        return float(measured["relative"]) if measured else 1.0
-
-    def layers(self) -> dict[str, tuple[int, ...]]:
-        """Return the source's layers that stay, by stack, of stacks that lost some."""
-        kept: dict[str, tuple[int, ...]] = {}
-        for plan in self.plans:
-            for stack, chosen in plan.layers.items():
-                before = kept.get(stack)
-                kept[stack] = tuple(before[i] for i in chosen) if before else tuple(chosen)
-        return kept
-
 
 class RoundStates:
     """The states of one run in a workspace; without one nothing is kept."""

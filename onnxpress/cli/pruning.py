@@ -1,6 +1,7 @@
 """`compress prune`."""
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,10 @@ def other_options(command: Command) -> Command:
 @click.option(
     "--plan-only", is_flag=True, help="Write the plan to the file that -o names, no more."
 )
+@click.option(
+    "--original",
+    help="What MODEL was pruned from before: it heals from that, and --speedup is over that.",
+)
 @other_options
 @out_option
 @common
@@ -256,6 +261,7 @@ def prune_command(
     target: Target | None,
     plan: Path | None,
     plan_only: bool,
+    original: str | None,
     sparsity: dict[str, Any] | None,
     vocabulary: VocabularyChoice | None,
     heal: HealChoice | None,
@@ -270,7 +276,8 @@ def prune_command(
     Exit code 6 where --speedup or --latency is missed by more than 7 %: the result is written all the
     same.
     """
-    choice = PruneChoice(target, plan, heal, rounds, calibrate, sparsity, vocabulary)
+    first = None if original is None else replace(model, name=original)
+    choice = PruneChoice(target, plan, first, heal, rounds, calibrate, sparsity, vocabulary)
     config = config_of(settings, choice, run.seed)
     if plan_only:
         result = plan_model(model, data, config, out, run, choice)

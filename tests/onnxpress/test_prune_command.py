@@ -125,6 +125,29 @@ def test_a_speed_is_asked_for_and_recorded(
     assert not (tmp_path / "no.training").exists()
 
 
+def test_a_pruned_model_goes_on_towards_its_original(
+    prune: Callable[..., Result], tmp_path: Path, place: Path, counted: type[CountingYardstick]
+) -> None:
+    """Speed is over the original's, and each layer heals from the one that it was."""
+    done(prune("--keep-layers", "0,2,3", "-o", tmp_path / "first"))
+    line = ("--original", place / "encoder", "--speedup", 3, "--shape", "2x16", "--heal", 1)
+    told = done(prune(*line, "-o", tmp_path / "second", model=tmp_path / "first"))
+    before, after = (
+        milliseconds(open_checkpoint(path)) for path in (place / "encoder", tmp_path / "second")
+    )
+    assert before / after == pytest.approx(3, rel=0.05)
+    assert told["measured"]["speedup"] == pytest.approx(before / after)
+    healing = open_checkpoint(tmp_path / "second").lineage[-1]
+    assert healing["settings"]["layer_map"] == "0:0,1:2,2:3"
+    assert healing["teacher"] == weights_sha256(open_checkpoint(place / "encoder").backbone)
+    alone = prune("--original", place / "encoder", "--ffn", 0.5, "-o", tmp_path / "no")
+    assert "--original is what healing learns from" in alone.output
+    other = ("--original", tmp_path / "first", "--heal", 1, "--keep-layers", "0,1")
+    refused = prune(*other, "-o", tmp_path / "no", model=place / "encoder")
+    assert refused.exit_code == 4
+    assert "name a model that this one was pruned from" in refused.output
+
+
 def test_a_missed_speed_is_an_exit_code_and_a_result(
     prune: Callable[..., Result], tmp_path: Path, counted: type[CountingYardstick]
 ) -> None:

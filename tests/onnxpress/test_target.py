@@ -121,13 +121,11 @@ def test_a_miss_is_told_with_its_reason(yardstick: type[Fake]) -> None:
 
 def test_rounds_cover_the_way_in_equal_ratios(yardstick: type[Fake]) -> None:
     source = tiny_checkpoint("bert")
-    first, told = plan(Target(speedup=2.25), source, share=1 / 2)
+    first, told = plan(Target(speedup=3.375), source, share=1 / 3)
     assert told["speedup"] == pytest.approx(1.5, rel=0.03)
     assert told["held"]
     half = apply_plan(source, first)
-    second, told = plan(
-        Target(speedup=2.25), half, source=source, share=1.0, before=told["relative"]
-    )
+    second, told = plan(Target(speedup=3.375), half, source=source, share=1 / 2)
     assert told["speedup"] == pytest.approx(2.25, rel=0.03)
     assert milliseconds(apply_plan(half, second)) < milliseconds(half)
 
