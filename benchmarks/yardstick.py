@@ -21,11 +21,12 @@ from benchmarks.statistics import MINIMUM_ROUNDS, percentile, sign_interval
 from benchmarks.timing import agreement
 from benchmarks.worker import Variant, Worker
 from calib_data.errors import ModelError
-from compress.checkpoint import Checkpoint
+from compress.checkpoint import Checkpoint, save_checkpoint
 from compress.config import StageConfig, one_of, require
 from compress.quantize import quantize
 from compress.quantize_config import QuantizeConfig
 
+OVER = ("graph", "pytorch")
 _REFERENCE = "reference"
 _SHARE = 0.5  # of the free memory that graphs side by side may take
 _COPIES, _RUNTIME = 3, 2**28  # a session's bytes: weights, packed weights and buffers; and the rest
@@ -43,10 +44,12 @@ class Conditions(StageConfig):
     rounds: int = 9  # every graph is timed once per round
     seconds: float = 0.3  # per graph, shape and round
     scheme: str | None = None  # by which graphs are quantized before they are timed; None: float
+    over: str = "graph"  # what the reference is timed as: its graph, or itself in pytorch
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shapes", tuple(tuple(shape) for shape in self.shapes))
         one_of("--provider", self.provider, ("cpu", "cuda"))
+        one_of("--over", self.over, OVER)
         require(bool(self.shapes), "name at least one shape, as in 8x128")
         for shape in self.shapes:
             fits = len(shape) == 2 and all(isinstance(n, int) and n >= 1 for n in shape)
@@ -87,7 +90,7 @@ class Timed:
 
 
 class Yardstick:
-    """The graph that others are timed against. Use as a context manager, which removes the graphs."""
+    """The model that graphs are timed against. Use as a context manager, which removes the graphs."""
 
     def __init__(self, reference: Checkpoint, conditions: Conditions) -> None:
         for _, sequence in conditions.shapes:
@@ -102,6 +105,7 @@ class Yardstick:
             for b, s in conditions.shapes
         ]
         self._folder: Any = None
+        self._reference: Variant | None = None
 
     def __enter__(self) -> Self:
         self._folder = tempfile.TemporaryDirectory(prefix="onnxpress-")
@@ -119,13 +123,12 @@ class Yardstick:
         fails, `ProviderError` where the provider is not obtained.
         """
         paths = {name: self._export(name, made, progress) for name, made in checkpoints.items()}
-        reference = Path(self._folder.name) / f"{_REFERENCE}.onnx"
-        if not reference.exists():
-            self._export(_REFERENCE, self.reference, progress)
+        if self._reference is None:
+            self._reference = self._made(progress)
         found: dict[str, Timed] = {}
-        for names in _batched(list(paths), _at_once(reference)):
-            graphs = {_REFERENCE: reference, **{name: paths[name] for name in names}}
-            times = self._rounds(graphs, progress)
+        for names in _batched(list(paths), _at_once(self._reference)):
+            graphs = [Variant(name, str(paths[name]), "onnx") for name in names]
+            times = self._rounds([self._reference, *graphs], progress)
             for name in names:
                 found[name] = _compared(times[name], times[_REFERENCE])
         for path in paths.values():
@@ -152,21 +155,31 @@ class Yardstick:
         write_model(build_graph(made["model"], ExportConfig(target=conditions.provider)), path)
         return path
 
+    def _made(self, progress: Progress) -> Variant:
+        """Return the reference as a graph, or as a checkpoint that PyTorch runs."""
+        if self.conditions.over == "graph":
+            return Variant(
+                _REFERENCE, str(self._export(_REFERENCE, self.reference, progress)), "onnx"
+            )
+        folder = Path(self._folder.name) / _REFERENCE
+        folder.mkdir()
+        save_checkpoint(self.reference, folder)
+        return Variant(_REFERENCE, str(folder), "pytorch")
+
     def _rounds(
-        self, graphs: Mapping[str, Path], progress: Progress
+        self, variants: Sequence[Variant], progress: Progress
     ) -> dict[str, list[list[float]]]:
-        """Return each graph's median seconds by round and shape, in another order each round."""
+        """Return each model's median seconds by round and shape, in another order each round."""
         conditions = self.conditions
         times: dict[str, list[list[float]]] = {
-            name: [[] for _ in range(conditions.rounds)] for name in graphs
+            variant.name: [[] for _ in range(conditions.rounds)] for variant in variants
         }
         with ExitStack() as stack:
             workers = []
-            for name, path in graphs.items():
-                variant = Variant(name, str(path), "onnx")
+            for variant in variants:
                 worker = Worker(variant, Place(conditions.provider, conditions.used_threads))
                 workers.append(stack.enter_context(worker))
-                progress(f"loading {name}")
+                progress(f"loading {variant.name}")
                 worker.load()
             shuffle = random.Random(0)
             for sample in self._samples:
@@ -193,9 +206,11 @@ def _compared(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]
     return Timed(relative, sign_interval(ratios), relative * reference, reference)
 
 
-def _at_once(reference: Path) -> int:
+def _at_once(reference: Variant) -> int:
     """Return how many graphs may be held beside the reference."""
-    size = sum(p.stat().st_size for p in reference.parent.glob(f"{reference.name}*"))
+    path = Path(reference.model)
+    files = path.iterdir() if path.is_dir() else path.parent.glob(f"{path.name}*")
+    size = sum(p.stat().st_size for p in files)
     room = _SHARE * psutil.virtual_memory().available
     return max(1, int(room / (_COPIES * size + _RUNTIME)) - 1)
 

@@ -120,8 +120,13 @@ class _Search:
         least = self._lowest(cost)
         source = table.milliseconds / table.relative  # of one call, by the table
         wanted = self._wanted(self._ratio(source), table.relative)
+        asked = " ".join(f"--{k} {v:g}" for k, v in self.aim.target.given.items())
+        if wanted >= table.relative:
+            raise ConfigError(
+                f"{asked}: the graph is {1 / table.relative:.2f} × as fast, "
+                f"{table.milliseconds:.3g} ms a call, with all there is of it; ask for more"
+            )
         if wanted * source < least:
-            asked = " ".join(f"--{k} {v:g}" for k, v in self.aim.target.given.items())
             raise ConfigError(
                 f"{asked} cannot be reached: the graph is {source / least:.2f} × as fast, "
                 f"{least:.3g} ms a call, {self._left()}"
@@ -164,10 +169,6 @@ class _Search:
         target = self.aim.target
         if target.latency is None:
             return 1 / (target.speedup or 1.0)
-        if target.latency >= source:
-            raise ConfigError(
-                f"--latency {target.latency:g} is no less than the model's {source:.3g} ms"
-            )
         return target.latency / source
 
     def _wanted(self, ratio: float, before: float) -> float:

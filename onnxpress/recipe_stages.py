@@ -135,7 +135,8 @@ def _finetune(settings: Mapping[str, Any], out: Path, run: Run, origin: Origin) 
 
 # settings of a pruning step that are not of a config: what is aimed at, and how it is healed
 _TARGET = {
-    "speedup", "latency", "size", "provider", "shape", "threads", "scheme", "tables", "whole_layers"
+    "speedup", "latency", "size", "provider", "shape", "threads", "scheme", "over", "tables",
+    "whole_layers",
 }  # fmt: skip
 _HEAL = {"heal", "schedule", "rounds", "pack"}
 _BESIDES = {

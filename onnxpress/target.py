@@ -35,6 +35,8 @@ class Target:
             raise ConfigError(f"--{name} must be above {least}, got {value:g}")
         if self.size is not None and self.settings.get("scheme"):
             raise ConfigError("--scheme says how graphs are timed, --size counts float weights")
+        if self.speedup is None and self.settings.get("over", "graph") != "graph":
+            raise ConfigError("--over says what --speedup is over; add that")
         if self.latency is not None and len(self.settings.get("shapes", "1")) > 1:
             raise ConfigError("--latency is of one shape; name one, or use --speedup")
 
@@ -65,7 +67,7 @@ def target_of(settings: Mapping[str, Any]) -> Target | None:
     """
     asked = {name: settings.get(name) for name in ("speedup", "latency", "size")}
     if all(value is None for value in asked.values()):
-        for name in ("tables", "whole_layers", "scheme"):
+        for name in ("tables", "whole_layers", "scheme", "over"):
             if settings.get(name):
                 option = name.replace("_", "-")
                 raise ConfigError(f"--{option} goes with --speedup, --latency or --size; add one")
@@ -75,6 +77,7 @@ def target_of(settings: Mapping[str, Any]) -> Target | None:
         "shapes": parse_shapes(settings.get("shape") or SHAPE, "--shape"),
         "threads": settings.get("threads"),
         "scheme": settings.get("scheme"),
+        "over": settings.get("over") or "graph",
     }
     tables = settings.get("tables")
     folder = None if tables is None else Path(tables)

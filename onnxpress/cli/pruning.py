@@ -40,6 +40,7 @@ from onnxpress.training import TrainingChoice
 # by name, so that --help imports no torch; a test holds them to compress
 SPARSITY_NAMES = ("sparsegpt", "wanda", "magnitude")
 TIMED_SCHEMES = ("dynamic", "weight-only")  # those that need no data
+OVER_NAMES = ("graph", "pytorch")
 CRITERIA_NAMES = ("fisher", "taylor", "gradient", "magnitude", "wanda", "random")
 
 
@@ -110,6 +111,10 @@ def target_options(command: Command) -> Command:
         help="Measure graphs that are quantized so, as the result will be; default: float.",
     )  # fmt: skip
     @click.option(
+        "--over", type=click.Choice(OVER_NAMES),
+        help="What --speedup is over: the model's graph (default), or the model in PyTorch.",
+    )  # fmt: skip
+    @click.option(
         "--whole-layers", is_flag=True, help="Whole layers may go, where that costs least."
     )
     @click.option(
@@ -126,14 +131,15 @@ def target_options(command: Command) -> Command:
         shapes: str,
         threads: int | None,
         scheme: str | None,
+        over: str | None,
         whole_layers: bool,
         tables: Path | None,
         **kwargs: Any,
     ) -> Any:
         settings = {
             "speedup": speedup, "latency": latency, "size": size, "provider": provider,
-            "shape": shapes, "threads": threads, "scheme": scheme, "whole_layers": whole_layers,
-            "tables": tables,
+            "shape": shapes, "threads": threads, "scheme": scheme, "over": over,
+            "whole_layers": whole_layers, "tables": tables,
         }  # fmt: skip
         return command(*args, target=target_of(settings), **kwargs)
 

@@ -40,6 +40,16 @@ def test_graphs_are_quantized_as_the_result_will_be() -> None:
     assert "MatMulInteger" in operators[1] - operators[0]
 
 
+def test_the_reference_may_run_in_pytorch() -> None:
+    checkpoint = tiny_checkpoint("bert")
+    told: list[str] = []
+    with Yardstick(checkpoint, replace(QUICK, over="pytorch")) as yardstick:
+        found = yardstick.time({"same": checkpoint}, told.append)
+    assert found["same"].reference_milliseconds > 0
+    assert "exporting reference" not in told
+    assert "loading reference" in told
+
+
 def test_a_scheme_that_needs_data_is_refused() -> None:
     with pytest.raises(ConfigError, match="dynamic takes about the same time"):
         replace(QUICK, scheme="static")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from benchmarks.yardstick import OVER
 from calib_data.errors import ConfigError
 from compress.blocks import find_groups
 from compress.checkpoint import weights_sha256
@@ -18,7 +19,7 @@ from compress.prune_config import PruneConfig
 from compress.quantize_config import SCHEME_SETTINGS, QuantizeConfig
 from compress.sparsity import METHODS, zero_share
 from onnxpress.cli import onnxpress_group
-from onnxpress.cli.pruning import CRITERIA_NAMES, SPARSITY_NAMES, TIMED_SCHEMES
+from onnxpress.cli.pruning import CRITERIA_NAMES, OVER_NAMES, SPARSITY_NAMES, TIMED_SCHEMES
 from onnxpress.prune_choice import HealChoice, PruneChoice, config_of, rounds_of
 from onnxpress.prune_shares import next_shares
 from onnxpress.target import Target
@@ -307,6 +308,7 @@ def test_what_learns_from_data_needs_it(prune: Callable[..., Result], tmp_path: 
 def test_the_command_knows_every_criterion() -> None:
     assert CRITERIA_NAMES == CRITERIA
     assert SPARSITY_NAMES == METHODS
+    assert OVER_NAMES == OVER
     assert [name for name in SCHEME_SETTINGS if not QuantizeConfig(name).needs_data] == list(
         TIMED_SCHEMES
     )

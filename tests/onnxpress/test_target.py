@@ -144,9 +144,26 @@ def test_sizes_are_counted() -> None:
         plan(Target(size=100.0), checkpoint)
 
 
+def test_a_speed_over_pytorch(yardstick: type[Fake]) -> None:
+    """A graph that is five times faster with all of the model in it has that much less to lose."""
+    yardstick.real = staticmethod(lambda relative: relative / 5)
+    checkpoint = tiny_checkpoint("bert")
+    over = {"over": "pytorch"}
+    made, told = plan(Target(speedup=10.0, settings=over), checkpoint)
+    assert told["speedup"] == pytest.approx(10, rel=0.03)
+    after = milliseconds(apply_plan(checkpoint, made))
+    assert after == pytest.approx(milliseconds(checkpoint) / 2, rel=0.03)
+    with pytest.raises(
+        ConfigError, match=r"--speedup 3: the graph is 5.00 × as fast.* ask for more"
+    ):
+        plan(Target(speedup=3.0, settings=over), checkpoint)
+    with pytest.raises(ConfigError, match="--over says what --speedup is over"):
+        Target(latency=1.0, settings=over)
+
+
 def test_a_latency_above_the_models_is_refused(yardstick: type[Fake]) -> None:
     checkpoint = tiny_checkpoint("bert")
-    with pytest.raises(ConfigError, match="no less than the model's"):
+    with pytest.raises(ConfigError, match=r"--latency \d+: the graph is 1.00 × as fast"):
         plan(Target(latency=2 * milliseconds(checkpoint)), checkpoint)
 
 
@@ -168,7 +185,7 @@ def test_targets_reject_nonsense(settings: dict[str, Any], message: str) -> None
 
 
 def test_options_make_a_target() -> None:
-    given = {"provider": "cpu", "threads": 1, "scheme": "dynamic"}
+    given = {"provider": "cpu", "threads": 1, "scheme": "dynamic", "over": "pytorch"}
     found = target_of({"speedup": 1.5, "shape": "1x32,8x128", **given})
     assert found == Target(1.5, settings={**given, "shapes": ((1, 32), (8, 128))})
     assert replace(found, speedup=2.0).to_json()["conditions"]["shapes"] == [[1, 32], [8, 128]]
