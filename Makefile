@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test all-tests check lint types imports browser clean
+.PHONY: demo test all-tests proof check lint types imports browser clean
 
 demo: $(INSTALLED)
 	$(BIN)/onnxpress run recipes/minilm.yaml -o demo
@@ -16,6 +16,9 @@ check: lint types imports all-tests
 
 all-tests: $(INSTALLED)
 	$(BIN)/python -m pytest -n logical --dist worksteal
+
+proof: $(INSTALLED)
+	$(BIN)/python -m pytest -m quiet tests/benchmarks/test_proof.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Which tests `make test` leaves to `make check`."""
+"""Which tests `make test` leaves to `make check`, and both to `make proof`."""
 
 import pytest
 
@@ -18,9 +18,12 @@ ALIKE = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what runs on a family that is like another one as exhaustive."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what runs on a family that is like another one as exhaustive; leave out what wants quiet."""
+    loud = "quiet" not in config.option.markexpr
     for item in items:
+        if loud and item.get_closest_marker("quiet"):
+            item.add_marker(pytest.mark.skip(reason="wants an idle machine: `make proof` runs it"))
         call = getattr(item, "callspec", None)
         values = call.params.values() if call else ()
         if any(isinstance(value, str) and value in ALIKE for value in values):

@@ -110,9 +110,10 @@ def test_five_percent_are_found_on_a_simulated_clock(monkeypatch: pytest.MonkeyP
     assert sum(x.interval[0] <= 1 / 1.05 <= x.interval[1] for x in found if x) >= 90
 
 
-# --- on this machine -----------------------------------------------------------------------------
+# --- on this machine, with nothing else at work --------------------------------------------------
 
 
+@pytest.mark.quiet
 def test_a_known_sleep_is_measured() -> None:
     variants = [
         Variant("base", "sleep=0.03", FAKES + "steady"),
@@ -141,14 +142,14 @@ def busy(name: str, work: int) -> Variant:
     return Variant(name, f"work={work}", FAKES + "busy")
 
 
-@pytest.mark.slow
+@pytest.mark.quiet
 def test_equal_models_are_equal() -> None:
     with workers(busy("base", 100), busy("same", 100)) as fresh:
         found = [compared(fresh(), replace(CONFIG, seed=seed)).speedup for seed in range(10)]
     assert sum(not x.different for x in found if x) >= 9
 
 
-@pytest.mark.slow
+@pytest.mark.quiet
 def test_five_percent_are_found() -> None:
     config = replace(CONFIG, precision=0.015, max_time=60)
     with workers(busy("base", 200), busy("slower", 210)) as fresh:
@@ -173,7 +174,7 @@ def a_loaded_core() -> Iterator[None]:
         process.join()
 
 
-@pytest.mark.slow
+@pytest.mark.quiet
 def test_ratios_hold_beside_another_process() -> None:
     config = replace(CONFIG, precision=0.015)
     with workers(busy("base", 200), busy("fast", 100)) as fresh:
@@ -185,7 +186,7 @@ def test_ratios_hold_beside_another_process() -> None:
     assert loaded.value == pytest.approx(quiet.value, rel=0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.quiet
 def test_other_sessions_do_not_disturb(tmp_path: Path) -> None:
     """A session's threads spin for a while after a run; within a process the next one would suffer."""
     graph = str(save(graph_of("bert"), tmp_path))

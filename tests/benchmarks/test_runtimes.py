@@ -93,6 +93,7 @@ def test_a_checkpoint_and_its_bundle_are_measured_alike(tmp_path: Path) -> None:
             seconds=0.01,
             warm_up_seconds=0.1,
             threads=(1,),
+            precision=9,
             eval=str(tmp_path / "pairs.tsv"),
             columns="text,text_pair,score",
         ),
@@ -124,7 +125,7 @@ def test_a_decoder_with_cache_is_measured_like_its_checkpoint(tmp_path: Path) ->
         Variant("graph", str(tmp_path / "bundle"), "onnx"),
     ]
     config = BenchmarkConfig(
-        shapes=((2, 8),), rounds=8, seconds=0.01, warm_up_seconds=0.1, threads=(1,)
+        shapes=((2, 8),), rounds=8, seconds=0.01, warm_up_seconds=0.1, threads=(1,), precision=9
     )
     for baseline in ("PyTorch", "graph"):  # whose inputs are those that all are timed on
         evaluated = replace(config, eval=str(tmp_path / "text.txt"), metrics=("perplexity",))
@@ -258,7 +259,7 @@ def test_a_compiled_model_and_a_plain_graph_stand_beside_the_others(tmp_path: Pa
     assert {n.domain for n in graph.graph} <= {"", "pkg.onnxscript.torch_lib"}
     ir.save(graph, tmp_path / "plain" / "model.onnx")
     line += ["--baseline", str(tmp_path / "model"), "--also", "compiled", "--also", "plain"]
-    line += ["--shapes", "2x8", "--json", "-o", str(tmp_path / "out")]
+    line += ["--shapes", "2x8", "--max-time", "1", "--json", "-o", str(tmp_path / "out")]
     done = CliRunner().invoke(onnxpress_group, line)
     assert done.exit_code == 0, done.output
     variants = {v["name"]: v for v in json.loads(done.stdout)["variants"]}
