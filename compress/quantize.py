@@ -20,6 +20,7 @@ from compress.blocks import features
 from compress.calibration import Calibration, CalibrationData, InputStats, calibrate
 from compress.checkpoint import Checkpoint, StageResult, weights_sha256
 from compress.int8 import DynamicInt8Linear, Int8Embedding
+from compress.packed_embedding import PackedEmbedding, block_size
 from compress.patches import (
     fold_float_patches_,
     is_over_patches,
@@ -27,7 +28,7 @@ from compress.patches import (
     unfold_patches_,
 )
 from compress.patterns import check_pattern
-from compress.quantize_config import SCHEME_SETTINGS, QuantizeConfig
+from compress.quantize_config import EMBEDDING_BITS, SCHEME_SETTINGS, QuantizeConfig
 from compress.saturation import NOTE, saturates
 from compress.smoothing import smoothed
 from compress.static_int8 import StaticInt8Linear
@@ -179,7 +180,8 @@ def quantize_only(
     made = replace(prepared.checkpoint, module=copy.deepcopy(prepared.checkpoint.module))
     settings = config.to_json()
     chosen = {name: settings[name] for name in SCHEMES[config.scheme].shape}
-    quantization = {"scheme": config.scheme, **chosen, "modules": list(names)}
+    tables = {"embedding_bits": config.embedding_bits}
+    quantization = {"scheme": config.scheme, **chosen, **tables, "modules": list(names)}
     inputs = prepared.calibration.inputs if prepared.calibration else {}
     for name in quantization["modules"]:
         source = made.backbone.get_submodule(name)
@@ -209,6 +211,9 @@ def quantized_skeleton_(model: nn.Module, quantization: Mapping[str, Any]) -> No
                 f"the manifest names {name} {quantization.get(name)}; "
                 f"this version knows {', '.join(map(str, known))}"
             )
+    bits = quantization.get("embedding_bits", EMBEDDING_BITS[0])
+    if bits not in EMBEDDING_BITS:
+        raise ModelError(f"the manifest names embedding_bits {bits}; this version knows 8 and 4")
     for name in quantization.get("modules") or ():
         try:
             unfold_patches_(model, name)
@@ -286,7 +291,9 @@ def _replace_(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def _empty(source: Any, quantization: Mapping[str, Any]) -> nn.Module:
     if isinstance(source, nn.Embedding):
-        return Int8Embedding(source.num_embeddings, source.embedding_dim, source.padding_idx)
+        shape = (source.num_embeddings, source.embedding_dim, source.padding_idx)
+        size = block_size(source.embedding_dim) if quantization.get("embedding_bits") == 4 else None
+        return Int8Embedding(*shape) if size is None else PackedEmbedding(*shape, size)
     scheme = SCHEMES[quantization["scheme"]]
     settings = {name: quantization[name] for name in scheme.shape}
     return scheme.linear(*features(source), source.bias is not None, **settings)
@@ -310,7 +317,7 @@ def _quantized(
 
 def _float(source: Any) -> nn.Module:
     made: Any
-    if isinstance(source, Int8Embedding):
+    if isinstance(source, Int8Embedding | PackedEmbedding):
         made = nn.Embedding(source.num_embeddings, source.embedding_dim)
         made.weight.data = source.dequantize()
         return made

@@ -19,6 +19,7 @@ SCHEME_SETTINGS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "weight-only": {"bits": (4, 8), "block_size": (32, 16, 64, 128, 256)},
 }
 ROUNDINGS = ("nearest", "gptq")
+EMBEDDING_BITS = (8, 4)
 # what a graph is shaped for → the schemes that are of use there
 TARGET_SCHEMES: Mapping[str, tuple[str, ...]] = {
     "cpu": tuple(SCHEME_SETTINGS),
@@ -43,6 +44,7 @@ class QuantizeConfig(StageConfig):
     smooth: float = 0.0  # how much of the activations' outliers moves into the weights, 0 to 1
     bias_correction: bool = False  # take the mean error of a layer's weights out of its bias
     rounding: str = "nearest"  # or gptq: each weight makes up for the errors of those before it
+    embedding_bits: int = 8  # of each number in an embedding table: 8, or 4 in blocks
     target: str = "cpu"  # where it is to run, which not every scheme can: cpu, cuda or portable
 
     def __post_init__(self) -> None:
@@ -65,6 +67,7 @@ class QuantizeConfig(StageConfig):
         )
         require(0 <= self.smooth <= 1, f"--smooth must be in [0, 1], got {self.smooth}")
         one_of("--rounding", self.rounding, ROUNDINGS)
+        one_of("--embedding-bits", self.embedding_bits, EMBEDDING_BITS)
 
     @property
     def needs_data(self) -> bool:

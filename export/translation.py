@@ -18,6 +18,7 @@ import compress.static_int8
 import compress.weight_only  # noqa: F401
 import export.cached
 import export.cached_seq2seq  # noqa: F401
+from compress.packed_embedding import BITS
 
 _OPTIONAL = OpSchema.FormalParameterOption.Optional
 
@@ -140,6 +141,41 @@ def _weight_only_linear(
     return made if bias is None else op.Add(made, bias)
 
 
+def _gather_blocks(
+    ids: Any, packed: Any, scale: Any, zero_point: Any, block_size: int, *, target: str
+) -> Any:
+    if target != "portable":
+        gather = _microsoft(
+            "GatherBlockQuantized",
+            {"data": "uint8", "indices": "int64", "scales": "float", "zero_points": "uint8"},
+            ("zero_points",),
+            ("bits", "block_size", "gather_axis", "quantize_axis"),
+        )
+        return gather(
+            packed, ids, scale, zero_point,
+            bits=BITS, block_size=block_size, gather_axis=0, quantize_axis=1,
+        )  # fmt: skip
+    blocks = scale.shape[1]
+    values = _unpacked(op.Gather(packed, ids), 0, 0, blocks, block_size)  # (..., blocks, size)
+    zeros = _unpacked(op.Gather(zero_point, ids), 0, 0, -1, 1)
+    zeros = op.Slice(zeros, _shape(0), _shape(blocks), _shape(-2))  # an odd number fills up a byte
+    steps = op.Unsqueeze(op.Gather(scale, ids), _shape(-1))
+    made = op.Mul(op.CastLike(op.Sub(values, zeros), steps), steps)
+    whole = op.Concat(op.Shape(ids), _shape(blocks * block_size), axis=0)
+    return op.Reshape(made, whole)
+
+
+def _unpacked(packed: Any, *shape: int) -> Any:
+    """Return the two numbers of each byte as int32, in `shape`."""
+    halves = [op.BitwiseAnd(packed, _byte(15)), op.BitShift(packed, _byte(4), direction="RIGHT")]
+    both = op.Concat(*(op.Unsqueeze(half, _shape(-1)) for half in halves), axis=-1)
+    return op.Cast(op.Reshape(both, _shape(*shape)), to=6)
+
+
+def _byte(value: int) -> Any:
+    return op.Constant(value=ir.to_proto(ir.tensor(np.array(value, np.uint8))))
+
+
 def _append(past: Any, new: Any, mask: Any) -> Any:
     return op.Concat(past, new, axis=2)
 
@@ -161,6 +197,7 @@ def translations(target: str) -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.onnxpress.dynamic_quantized_linear.default: _dynamic_quantized_linear,
         torch.ops.onnxpress.static_quantized_linear.default: static_quantized_linear,
         torch.ops.onnxpress.weight_only_linear.default: weight_only_linear,
+        torch.ops.onnxpress.gather_blocks.default: functools.partial(_gather_blocks, target=target),
         torch.ops.onnxpress.append.default: _append,
         torch.ops.onnxpress.choose.default: _choose,
     }

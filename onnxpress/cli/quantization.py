@@ -46,6 +46,10 @@ def scheme_options(command: Command) -> Command:
         help="weight-only: weights that share a scale, 16 to 256; default 32.",
     )  # fmt: skip
     @click.option(
+        "--embedding-bits", type=int, default=8, show_default=True,
+        help="Of each number in embedding tables; or 4, in blocks, half the bytes for little noise.",
+    )  # fmt: skip
+    @click.option(
         "--per-channel/--per-tensor", default=None,
         help="dynamic, static: a scale for each output of a layer (default), or one for all.",
     )  # fmt: skip

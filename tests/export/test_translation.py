@@ -6,6 +6,7 @@ from torch import nn
 
 from compress.checkpoint import Checkpoint
 from compress.int8 import DynamicInt8Linear, Int8Embedding, quantize_per_channel
+from compress.packed_embedding import PackedEmbedding, block_size
 from compress.signature import factory_signature
 from compress.weight_only import WeightOnlyLinear
 from export.graph import ExportConfig, build_graph
@@ -78,3 +79,17 @@ def test_embedding_equals_the_module() -> None:
     assert np.array_equal(run_graph(model, {"ids": ids})["output"], module(ids).numpy())
     tables = [v for v in model.graph.initializers.values() if v.dtype == ir.DataType.INT8]
     assert [tuple(v.const_value.shape) for v in tables if v.const_value] == [(11, 16)]
+
+
+@pytest.mark.parametrize("target", ["cpu", "portable"])
+@pytest.mark.parametrize("width", [48, 256])  # three blocks, whose zero points end within a byte
+def test_packed_embedding_equals_the_module(width: int, target: str) -> None:
+    torch.manual_seed(0)
+    size = block_size(width)
+    assert size is not None
+    module = PackedEmbedding(11, width, None, size)
+    module.quantize_(torch.randn(11, width) + 0.3)
+    model = graph_of_module(module, target, ids=torch.arange(6).reshape(2, 3))
+    assert (operators(model)["GatherBlockQuantized"] == 1) == (target == "cpu")
+    ids = torch.randint(0, 11, (4, 9))
+    assert np.array_equal(run_graph(model, {"ids": ids})["output"], module(ids).numpy())
