@@ -249,7 +249,7 @@ class Texts:
                     parts.setdefault(name, []).append(np.concatenate(rows))
         self._columns = {name: np.concatenate(arrays) for name, arrays in parts.items()}
         self.lengths = np.array(lengths)
-        self._ends = self.lengths.cumsum()
+        self._ends = self.lengths.cumsum()  # of each row in a column
         if not self.lengths.all():
             raise DataError(
                 f"{examples.spec}, example {int(self.lengths.argmin()) + 1} has no token that the "
@@ -278,10 +278,10 @@ class Texts:
         return batch
 
     def arrays(self) -> Iterator[np.ndarray]:
-        """Yield the ids, masks and types of every text."""
+        """Yield the ids, masks and types of every row."""
         for column in self._columns.values():
-            for text in np.split(column, self._ends[:-1]):
-                yield text.astype(np.int64)
+            for length, end in zip(self.lengths, self._ends):
+                yield column[end - length : end].astype(np.int64)
 
 
 class _Images:

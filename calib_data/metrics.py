@@ -13,6 +13,7 @@ from scipy.stats import spearmanr
 
 from calib_data.batches import Batches, Predict, collect, model_inputs, pick, restore_order
 from calib_data.errors import DataError
+from calib_data.objectives import Windows
 from calib_data.sources import Examples
 
 RANKED = 1500  # examples whose similarities are ranked at once: their number grows as the square
@@ -77,8 +78,8 @@ def accuracy(predict: Predict, batches: Batches) -> Measured:
 def perplexity(predict: Predict, batches: Batches) -> Measured:
     """Return exp of the mean negative log-likelihood of the next token, every token alike, ≥ 1.
 
-    `logits` are (B, T, V). Per example: its own mean negative log-likelihood, in nats; NaN for an
-    example of a single token, after which nothing is predicted.
+    `logits` are (B, T, V). Per row: its own mean negative log-likelihood, in nats; NaN for a row of a
+    single token, after which nothing is predicted.
     """
     means, total, tokens = [], 0.0, 0
     for batch in batches:
@@ -212,9 +213,14 @@ class Case:
         """Return the batches of a text column, by default of what the task reads."""
         # Only classifiers read pairs jointly; all else takes texts one by one.
         usual = "both" if self.task.endswith("-classification") else "text"
-        size, length = self.batch_size, self.max_length
         return Batches(
-            self.examples, self.processor, batch_size=size, max_length=length, field=side or usual
+            self.examples,
+            self.processor,
+            batch_size=self.batch_size,
+            max_length=self.max_length,
+            field=side or usual,
+            # a language model is asked about all of a text, in windows of that length
+            objective=Windows() if self.task == "text-generation" else None,
         )
 
     def spearman(self) -> Measured:

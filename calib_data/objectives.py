@@ -22,6 +22,48 @@ class NextToken(Objective):
     labelled = False
 
 
+class Windows(Objective):
+    """Texts one by one, a long one in windows of `max_length` tokens, so that none of it is left out.
+
+    A window begins with the last token of the one before: every token but a text's first is predicted
+    exactly once.
+    """
+
+    labelled = False
+    settings = ("windows",)
+
+    def encode(
+        self, examples: Examples, tokenizer: Any, max_length: int | None, field: str
+    ) -> Content:
+        """Return the windows, a row each."""
+        return _Windows(examples, tokenizer, max_length, field)
+
+
+class _Windows(Texts):
+    def __init__(
+        self, examples: Examples, tokenizer: Any, max_length: int | None, field: str
+    ) -> None:
+        super().__init__(examples, tokenizer, None, field)
+        if max_length is None:
+            return
+        size = min(max_length, tokenizer.model_max_length)
+        if size < 2:
+            raise ConfigError(f"--max-length must be 2 or more to predict a token, got {size}")
+        ends, lengths = [], []
+        for end, length in zip(self._ends.tolist(), self.lengths.tolist()):
+            start = end - length
+            while True:
+                stop = min(start + size, end)
+                ends.append(stop)
+                lengths.append(stop - start)
+                if stop == end:
+                    break
+                start = stop - 1
+        self._ends, self.lengths = np.array(ends), np.array(lengths)
+        self.longest = int(self.lengths.max())
+        self.settings.append(size)
+
+
 class Packed(Objective):
     """Texts one after another, each with the end token, cut into blocks of `max_length` tokens.
 

@@ -123,6 +123,28 @@ def test_perplexity_matches_torch(side: str) -> None:
     assert not measured.higher_is_better
 
 
+def test_perplexity_is_of_all_of_a_text() -> None:
+    """A text longer than the model is shown at once is not judged by its beginning."""
+
+    def certain_at_first(batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        ids = batch["input_ids"].numpy()
+        logits = np.zeros((*ids.shape, len(TOKENIZER)), np.float32)
+        begins = (ids[:, 0] == first)[:, None]  # the first window: it knows what comes
+        right = np.eye(len(TOKENIZER), dtype=np.float32)[np.roll(ids, -1, axis=1)]
+        return {"logits": logits + 50 * begins[..., None] * right}
+
+    text = " ".join(SENTENCES[:6])
+    ids = TOKENIZER(text)["input_ids"]
+    first = ids[0]
+    assert len(ids) > 21
+    assert first not in ids[1:]
+    found = measure_metric("perplexity", certain_at_first, make(text=[text]), TOKENIZER,
+                           task="text-generation", max_length=8)  # fmt: skip
+    unknown = len(ids) - 8  # each as likely as any
+    expected = np.exp(unknown * np.log(len(TOKENIZER)) / (len(ids) - 1))
+    assert found.value == pytest.approx(expected, rel=1e-5)
+
+
 def test_perplexity_survives_extreme_logits() -> None:
     def sure_and_wrong(batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         logits = np.zeros((*batch["input_ids"].shape, len(TOKENIZER)), np.float32)

@@ -10,7 +10,7 @@ import pytest
 from calib_data.batches import Batches, model_inputs
 from calib_data.characters import character_tokenizer
 from calib_data.errors import ConfigError
-from calib_data.objectives import Masked, NextToken, Packed, Translation
+from calib_data.objectives import Masked, NextToken, Packed, Translation, Windows
 from calib_data.sources import Examples
 from tests.tiny import SENTENCES, tiny_tokenizer
 
@@ -19,6 +19,10 @@ COUNT = 8
 
 def examples(**columns: list[Any]) -> Examples:
     return Examples(datasets.Dataset.from_dict({"text": SENTENCES[:COUNT], **columns}), "test data")
+
+
+def examples_of(texts: list[str]) -> Examples:
+    return Examples(datasets.Dataset.from_dict({"text": texts}), "test data")
 
 
 def characters() -> Any:
@@ -38,6 +42,35 @@ def test_packed_blocks_hold_every_token_in_order() -> None:
     expected = [t for text in SENTENCES[:COUNT] for t in [*tokenizer(text)["input_ids"], end]]
     assert stream == expected
     assert all(len(rows[row]) == 20 for row in range(len(rows) - 1))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_windows_predict_every_token_of_a_text_once(side: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.padding_side = side
+    texts = ["the", " ".join(SENTENCES), *SENTENCES[:3]]
+    made = Batches(examples_of(texts), tokenizer, batch_size=3, max_length=7, objective=Windows())
+    rows = {
+        int(row): batch["input_ids"][i][batch["attention_mask"][i] == 1].tolist()
+        for rows, batch in zip(made.rows, made)
+        for i, row in enumerate(rows)
+    }
+    windows = [rows[row] for row in sorted(rows)]
+    assert made.longest == max(map(len, windows)) == 7
+    assert len(made.lengths) == len(windows)
+    for text in texts:
+        ids = tokenizer(text)["input_ids"]
+        predicted = ids[:1]
+        while len(predicted) < len(ids):
+            window = windows.pop(0)
+            assert window[0] == predicted[-1]
+            predicted += window[1:]
+        assert predicted == ids
+    assert not windows
+    whole = Batches(examples_of(texts), tokenizer, max_length=None, objective=Windows())
+    assert len(whole.lengths) == len(texts)
+    with pytest.raises(ConfigError, match="2 or more"):
+        Batches(examples_of(texts), tokenizer, max_length=1, objective=Windows())
 
 
 def test_packing_needs_a_length_and_an_end() -> None:
