@@ -241,6 +241,7 @@ class Texts:
                 truncation=max_length is not None,
                 max_length=max_length,
                 return_attention_mask=True,
+                verbose=False,  # no warning of long texts, which `Windows` cuts
             )
             lengths += map(len, encoded["input_ids"])
             for name in encoded:
