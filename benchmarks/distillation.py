@@ -112,7 +112,8 @@ def _characters(data: Path) -> Iterator[Job]:
     student = ("compress", "distill", "--teacher", "OUT/gpt/teacher", *half, *common)
     for seed in SEEDS:
         same = (*student, *text, "--epochs", "3", "--seed", str(seed))
-        yield Job(f"gpt/taught-{seed}", same)
+        # at 3, which suits classifiers, a student is worse than without its teacher
+        yield Job(f"gpt/taught-{seed}", (*same, "--temperature", "1"))
         yield Job(f"gpt/alone-{seed}", (*same, "--losses", "hard"))
     # half a million of the teacher's own characters, as often as makes the same number of steps
     lines = ("--data", f"{data}/tinyshakespeare/input.txt", "--limit", "4000", "--epochs", "6")

@@ -28,6 +28,7 @@ class HealChoice:
     matching: Mapping[str, Any] = field(default_factory=dict)  # fields of `DistillConfig`
     train: Mapping[str, Any] = field(default_factory=dict)  # fields of `TrainConfig`
     pack: bool = False
+    cache_teacher: bool = False  # keep its answers on disk for later epochs and rounds
 
     def __post_init__(self) -> None:
         if self.steps < 1:

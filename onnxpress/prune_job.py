@@ -192,7 +192,7 @@ class PruneJob:
 
     def _heal(self, done: Progressed, heal: HealChoice, place: Place) -> None:
         """Train what was pruned to behave like the original."""
-        from compress.distill import distill
+        from compress.distill import AskTeacher, cached_teacher, distill, running_teacher
         from compress.finetune import objective_of
         from compress.kept import layers_left
         from compress.training import TrainRun
@@ -206,7 +206,11 @@ class PruneJob:
         batches = self.data.batches(
             done.checkpoint, self.run.seed, True, objective, teacher=self.original
         )
+        ask: AskTeacher = running_teacher
         config = heal.config(self.original, layers_left(self.original, done.checkpoint))
+        if heal.cache_teacher:
+            batches = batches.numbered()
+            ask = cached_teacher(batches, place.kept("teacher"), config.train)
         judge = self.training.judge(self.original, self.data.max_length)
         label = f"heal {done.healed + 1} of {self.choice.rounds}"
         with self.run.progress(label, config.train.total_steps(len(batches))) as advance:
@@ -216,6 +220,7 @@ class PruneJob:
                 batches,
                 config,
                 advance,
+                ask,
                 evaluate=judge,
                 run=TrainRun(workspace, self.training.tensorboard),
             )

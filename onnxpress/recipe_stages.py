@@ -138,7 +138,7 @@ _TARGET = {
     "speedup", "latency", "size", "provider", "shape", "threads", "scheme", "over", "tables",
     "whole_layers",
 }  # fmt: skip
-_HEAL = {"heal", "schedule", "rounds", "pack"}
+_HEAL = {"heal", "schedule", "rounds", "pack", "cache_teacher"}
 _BESIDES = {
     "sparsity", "sparsity_method", "vocab_from", "vocab_columns", "vocab_min_count", "keep_tokens"
 }  # fmt: skip
@@ -167,6 +167,7 @@ def _prune(settings: Mapping[str, Any], out: Path, run: Run, origin: Origin) -> 
             _pick(settings, matching),
             {**_pick(settings, train), "seed": run.seed},
             settings.get("pack", False),
+            settings.get("cache_teacher", False),
         )
     choice = PruneChoice(
         target_of(settings),

@@ -10,6 +10,7 @@ from onnxpress.cli.finetune import finetune_command, merge_command
 from onnxpress.cli.options import (
     Group,
     Output,
+    cache_option,
     common,
     data_options,
     layer_lines,
@@ -56,9 +57,7 @@ compress_group.add_command(quantize_command)
 @task_option
 @trust_option
 @loss_options
-@click.option(
-    "--cache-teacher", is_flag=True, help="Keep the teacher's answers on disk for later epochs."
-)
+@cache_option
 @text_options
 @out_option
 @common

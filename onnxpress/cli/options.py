@@ -109,6 +109,11 @@ provider_option = click.option(
 out_option = click.option("-o", "--out", type=OUT, required=True, help="Directory to write.")
 
 
+cache_option = click.option(
+    "--cache-teacher", is_flag=True, help="Keep the teacher's answers on disk for later epochs."
+)
+
+
 pack_option = click.option(
     "--pack", is_flag=True, help="Join the texts and cut blocks of --max-length (text-generation)."
 )

@@ -12,6 +12,7 @@ from onnxpress.cli.distillation import loss_options
 from onnxpress.cli.options import (
     Command,
     Output,
+    cache_option,
     common,
     layer_numbers,
     model_argument,
@@ -159,6 +160,7 @@ def healing_options(command: Command) -> Command:
     @click.option(
         "--rounds", type=int, help="Of --schedule iterative, each of --heal steps; default 3."
     )
+    @cache_option
     @pack_option
     @loss_options
     @loop_options
@@ -168,16 +170,18 @@ def healing_options(command: Command) -> Command:
         steps: int | None,
         schedule: str,
         rounds: int | None,
+        cache_teacher: bool,
         pack: bool,
         matching: dict[str, Any],
         train: dict[str, Any],
         **kwargs: Any,
     ) -> Any:
         count = rounds_of(schedule, rounds)
-        heal = None if steps is None else HealChoice(steps, matching, train, pack)
-        if heal is None and (matching["losses"] or pack):
-            option = "--losses" if matching["losses"] else "--pack"
-            raise ConfigError(f"{option} is for healing; add --heal STEPS")
+        heal = None if steps is None else HealChoice(steps, matching, train, pack, cache_teacher)
+        asked = {"--losses": matching["losses"], "--pack": pack, "--cache-teacher": cache_teacher}
+        given = [option for option, value in asked.items() if value]
+        if heal is None and given:
+            raise ConfigError(f"{given[0]} is for healing; add --heal STEPS")
         return command(*args, heal=heal, rounds=count, **kwargs)
 
     return wrapped

@@ -149,6 +149,19 @@ def test_a_pruned_model_goes_on_towards_its_original(
     assert "name a model that this one was pruned from" in refused.output
 
 
+def test_healing_from_remembered_answers_is_the_same(
+    prune: Callable[..., Result], tmp_path: Path
+) -> None:
+    line = ("--ffn", 0.5, "--heal", 6, "--schedule", "iterative", "--rounds", 2)
+    for name, more in (("asked", ()), ("looked-up", ("--cache-teacher",))):
+        done(prune(*line, *more, "-o", tmp_path / name))
+    asked, known = (open_checkpoint(tmp_path / name).lineage for name in ("asked", "looked-up"))
+    for one, other in zip(asked, known, strict=True):
+        if one["stage"] == "distill":
+            losses = [[loss for _, loss in each["metrics"]["curve"]] for each in (one, other)]
+            assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_a_missed_speed_is_an_exit_code_and_a_result(
     prune: Callable[..., Result], tmp_path: Path, counted: type[CountingYardstick]
 ) -> None:
@@ -275,6 +288,7 @@ def test_a_vocabulary_is_cut_last(
         (("--rounds", 2, "--heal", 3), "--rounds goes with --schedule iterative"),
         (("--schedule", "iterative"), "it goes with --heal"),
         (("--losses", "hidden"), "--losses is for healing; add --heal STEPS"),
+        (("--cache-teacher",), "--cache-teacher is for healing; add --heal STEPS"),
         (("--heal", 0), "--heal must be at least 1"),
         (("--layers", 0.5, "--keep-layers", "0,1"), "say the same thing"),
         (("--keep-layers", "0,9"), "encoder.layer must be below 4"),
