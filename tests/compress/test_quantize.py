@@ -68,6 +68,7 @@ def test_all_linear_layers_and_tables_are_quantized(family: str, scheme: str) ->
     defaults = {name: SCHEME_SETTINGS[scheme][name][0] for name in SCHEMES[scheme].shape}
     assert made.quantization == {
         "scheme": scheme,
+        "embedding_bits": 8,
         **defaults,
         "modules": [n for n, _ in made.module.named_modules() if n in {*tables, *linear}],
     }

@@ -9,8 +9,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from calib_data.characters import character_tokenizer
-from onnxpress import recipe
 from onnxpress.cli import onnxpress_group
+from onnxpress.recipe import read_recipe
+from onnxpress.recipe_run import run_recipe
 from onnxpress.stages import Run
 from tests.compress.pairs import make
 from tests.tiny import SENTENCES, tiny_checkpoint, write, write_sentence_encoder
@@ -140,7 +141,7 @@ def test_a_recipe_generates_too(place: Path, tmp_path: Path) -> None:
         f"  - {{name: small, stage: distill, from: model, layers: 1, data: {place / 'text.txt'},\n"
         "     max_length: 24, steps: 2, generate: 4, prompt_tokens: 3, losses: [reverse-kl]}\n"
     )
-    made = recipe.read_recipe(tmp_path / "recipe.yaml")
-    recipe.run_recipe(made, tmp_path / "out", Run())
+    made = read_recipe(tmp_path / "recipe.yaml")
+    run_recipe(made, tmp_path / "out", Run())
     stage = json.loads((tmp_path / "out" / "small" / "onnxpress.json").read_text())["lineage"][-1]
     assert stage["settings"]["weights"] == pytest.approx({"reverse-kl": 0.7, "hard": 0.3})
