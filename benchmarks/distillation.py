@@ -51,9 +51,9 @@ def _classification(data: Path) -> Iterator[Job]:
     common = (*sst2, "--max-length", "64", *HALF)
     long = ("--epochs", "2", "--eval-every", "1000")
     yield Job("sst2/full", ("compress", "finetune", MINILM, *common, *long))
-    # two epochs at 5e-4 reach 88.1, at 1e-3 88.7
-    lora = ("--method", "lora", "--lr", "2e-3", "--epochs", "3", "--eval-every", "1000")
-    yield Job("sst2/lora", ("compress", "finetune", MINILM, *common, *lora))
+    # at 5e-4 it reaches 88.1, at 1e-3 88.7, at 2e-3 80.9 in three epochs
+    lora = ("--method", "lora", "--lr", "1e-3")
+    yield Job("sst2/lora", ("compress", "finetune", MINILM, *common, *long, *lora))
     # begun by a student of the general model: three layers cut from the teacher reach 87.0 in that time
     general = ("--student", "OUT/sts/student")
     student = ("compress", "distill", "--teacher", "OUT/sst2/full", *general, *common)
