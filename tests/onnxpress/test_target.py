@@ -130,6 +130,16 @@ def test_rounds_cover_the_way_in_equal_ratios(yardstick: type[Fake]) -> None:
     assert milliseconds(apply_plan(half, second)) < milliseconds(half)
 
 
+def test_a_round_that_went_too_far_is_not_the_end(yardstick: type[Fake]) -> None:
+    source = tiny_checkpoint("bert")
+    first, told = plan(Target(speedup=1.5), source)
+    made = apply_plan(source, first)
+    asked = Target(speedup=told["speedup"] / 1.04)
+    last, told = plan(asked, made, source=source)
+    assert milliseconds(apply_plan(made, last)) == milliseconds(made)
+    assert told["held"]
+
+
 def test_sizes_are_counted() -> None:
     checkpoint = tiny_checkpoint("bert")
     whole = weight_bytes(checkpoint.backbone)
