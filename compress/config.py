@@ -19,13 +19,16 @@ class StageConfig:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """Make the settings from a dict; a `ConfigError` names keys that do not exist."""
-        fields = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        unknown = sorted(set(values) - fields)
+        """Make the settings from a dict; a `ConfigError` names what does not exist, or is no list."""
+        fields = {field.name: field.default for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        unknown = sorted(set(values) - set(fields))
         if unknown:
             raise ConfigError(
                 f"unknown setting {unknown[0]!r}; there are {', '.join(sorted(fields))}"
             )
+        for name, value in values.items():
+            if isinstance(fields[name], tuple) and not isinstance(value, list | tuple):
+                raise ConfigError(f"{name} is a list, as in [{value}]; got {value!r}")
         frozen = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         try:
             return cls(**frozen)

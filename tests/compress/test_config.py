@@ -82,6 +82,7 @@ BAD: list[tuple[type[StageConfig], dict[str, Any]]] = [
     # of the wrong type, as a recipe may hold them
     (PruneConfig, {"heads": "a quarter"}),
     (TrainConfig, {"steps": "many"}),
+    (DistillConfig, {"losses": "embedding"}),
 ]
 
 

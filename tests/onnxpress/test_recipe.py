@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +171,16 @@ def test_an_unknown_setting_is_named(recipe_file: Path, tmp_path: Path) -> None:
     recipe_file.write_text(recipe_file.read_text().replace("round_to: 8", "round_two: 8"))
     with pytest.raises(ConfigError, match="round_two"):
         run(recipe_file, tmp_path / "out")
+
+
+def test_a_shipped_recipe_takes_a_users_own_encoder_and_texts(tmp_path: Path) -> None:
+    write_sentence_encoder(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("\n".join(SENTENCES * 3))
+    own = {"encoder": str(tmp_path / "model"), "texts": str(tmp_path / "text.txt"), "steps": "2"}
+    recipe = read_recipe(Path(__file__).parents[2] / "recipes" / "minilm-small.yaml", own)
+    assert recipe.steps[-1].stage == "report"  # which takes its time, and is tested elsewhere
+    run_recipe(replace(recipe, steps=recipe.steps[:-1]), tmp_path / "out", Run(), print)
+    assert (tmp_path / "out" / "small" / "model.onnx").is_file()
 
 
 def test_shipped_recipes_can_be_read() -> None:
