@@ -67,7 +67,7 @@ def _sentences(data: Path) -> Iterator[Row]:
     plain = (*prune, "--speedup", "1.5", "--no-reconstruct")
     yield Row("minilm/1.5-unreconstructed", "minilm", (plain,))
     for factor in SWEEP:
-        short = (*prune, "--speedup", f"{factor:g}", "--heal", "400")
+        short = (*prune, "--speedup", f"{factor:g}", "--heal", "400", *HALF)
         small = f"OUT/sweep/{factor:g}"
         yield Row(f"sweep/{factor:g}", "minilm", (short,))
         yield Row(f"sweep/{factor:g}.onnx", "minilm", (("export", "onnx", small),))
@@ -101,7 +101,7 @@ def _others(data: Path) -> Iterator[Row]:
     texts = ("--data", f"{data}/sst2/train.tsv", "--max-length", "64")
     for speed, steps in (("1.5", "1500"), ("2.0", "2500")):
         classifier = ("compress", "prune", "TRAINED/sst2/full", *texts, "--speedup", speed, *SHAPE)
-        yield Row(f"sst2/{speed}", "sst2", ((*classifier, "--heal", steps),))
+        yield Row(f"sst2/{speed}", "sst2", ((*classifier, "--heal", steps, *HALF),))
     images = ("--data", "OUT/subjects/vit/mnist.npz:train", "--batch-size", "64")
     vision = ("compress", "prune", "OUT/subjects/vit/model", *images, "--speedup", "2.0")
     yield Row("vit/2.0", "vit", ((*vision, "--shape", "8x1", "--heal", "3000"),))
