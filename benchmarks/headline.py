@@ -155,45 +155,64 @@ def run(recipe: Recipe, out: Path) -> None:
     path, target = RECIPES / f"{recipe.name}.yaml", out / recipe.name
     started = time.monotonic()
     command = [sys.executable, "-m", "onnxpress", "run", str(path), *settings, "-o", str(target)]
-    if subprocess.run(command, stdout=sys.stderr).returncode:
-        raise OnnxPressError(f"{path.name} did not finish; see above")
     clock = out / f"{recipe.name}.seconds"
-    spent = float(clock.read_text()) if clock.is_file() else 0.0
-    clock.write_text(f"{spent + time.monotonic() - started:.1f}\n")
+    spent = float(clock.read_text()) if clock.is_file() else 0.0  # of a run that was stopped
+    try:
+        failed = subprocess.run(command, stdout=sys.stderr).returncode
+    finally:
+        clock.write_text(f"{spent + time.monotonic() - started:.1f}\n")
+    if failed:
+        raise OnnxPressError(f"{path.name} did not finish; see above")
 
 
-def compare(recipe: Recipe, out: Path, others: Mapping[str, Path]) -> BenchmarkReport:
-    """Return a report of a recipe's encoders beside int8 graphs by other tools."""
+def compare(
+    recipe: Recipe, report: BenchmarkReport, out: Path, others: Mapping[str, Path]
+) -> BenchmarkReport:
+    """Return a report of a recipe's encoders beside int8 graphs by other tools.
+
+    One made before holds as long as the graphs are those of `report`.
+    """
     target = out / f"{recipe.name}.others"
-    if not (target / "report.json").is_file():
-        plain, ort = out / "plain" / "float.onnx", out / "plain" / f"{ORT_INT8}.onnx"
-        if not ort.is_file():
-            exported_plainly(MINILM, plain)()
-            by_onnxruntime(plain, ort, out, ORT["dynamic"])()
-        graphs = {graph: out / recipe.name / graph for graph in recipe.encoders}
-        named = [f"{name}={path}" for name, path in {**graphs, ORT_INT8: ort, **others}.items()]
-        line = ["benchmark", "report", *named, "--baseline", MINILM, "-o", str(target)]
-        command = [sys.executable, "-m", "onnxpress", *line]
-        subprocess.run(command, check=True, stdout=sys.stderr)
-    return read_report(target / "report.json")
+    found = target / "report.json"
+    if found.is_file() and _hashes(recipe, read_report(found)) == _hashes(recipe, report):
+        return read_report(found)
+    plain, ort = out / "plain" / "float.onnx", out / "plain" / f"{ORT_INT8}.onnx"
+    if not ort.is_file():
+        exported_plainly(MINILM, plain)()
+        by_onnxruntime(plain, ort, out, ORT["dynamic"])()
+    graphs = {graph: out / recipe.name / graph for graph in recipe.encoders}
+    named = [f"{name}={path}" for name, path in {**graphs, ORT_INT8: ort, **others}.items()]
+    line = ["benchmark", "report", *named, "--baseline", MINILM, "--overwrite", "-o", str(target)]
+    subprocess.run([sys.executable, "-m", "onnxpress", *line], check=True, stdout=sys.stderr)
+    return read_report(found)
 
 
-def fidelities(recipe: Recipe, data: Path, out: Path) -> dict[str, dict[str, float]]:
+def fidelities(
+    recipe: Recipe, report: BenchmarkReport, data: Path, out: Path
+) -> dict[str, dict[str, float]]:
     """Return how alike each encoder and the original rank texts, by corpus; looked up once known.
 
     The checkpoint answers for the graph, which computes the same to the integer.
     """
     record = out / f"{recipe.name}.fidelity.json"
+    known: dict[str, dict[str, float]] = {}  # by the graph's hash
     if record.is_file():
-        known: dict[str, dict[str, float]] = json.loads(record.read_text())
-        return known
+        known = json.loads(record.read_text())
     subject = pruning_subjects.subject("minilm", data, data, out, out)
-    found = {
-        graph: pruning_subjects.judge(subject, str(out / recipe.name / checkpoint))
-        for graph, checkpoint in recipe.encoders.items()
-    }
-    record.write_text(json.dumps(found, indent=1) + "\n")
+    found = {}
+    for graph, digest in _hashes(recipe, report).items():
+        if digest not in known:
+            checkpoint = out / recipe.name / recipe.encoders[graph]
+            known[digest] = pruning_subjects.judge(subject, str(checkpoint))
+            record.write_text(json.dumps(known, indent=1) + "\n")
+        found[graph] = known[digest]
     return found
+
+
+def _hashes(recipe: Recipe, report: BenchmarkReport) -> dict[str, str]:
+    """Return the sha256 of each encoder's graph that a report measured."""
+    variants = {graph: report.find(graph) for graph in recipe.encoders}
+    return {graph: v.sha256["model.onnx"] for graph, v in variants.items() if v is not None}
 
 
 # --- telling -------------------------------------------------------------------------------------
@@ -279,8 +298,8 @@ def _tell(recipe: Recipe, data: Path, out: Path, others: Mapping[str, Path]) -> 
     print(f"\n## {recipe.name}\n")
     print("\n".join(table(recipe, report, seconds)), end="\n\n")
     if recipe.encoders:
-        print("\n".join(fidelity_table(fidelities(recipe, data, out))), end="\n\n")
-        beside = compare(recipe, out, others)
+        print("\n".join(fidelity_table(fidelities(recipe, report, data, out))), end="\n\n")
+        beside = compare(recipe, report, out, others)
         names = [ORT_INT8, *others]
         print("\n".join(comparison_table(beside, list(recipe.encoders), names)))
 

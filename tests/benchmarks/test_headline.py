@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from benchmarks.headline import (
     Goal,
     Recipe,
     comparison_table,
+    fidelities,
     fidelity_table,
     recipes,
     table,
@@ -56,6 +58,27 @@ def test_fidelities_below_the_goal_are_named() -> None:
     lines = list(fidelity_table(found))
     assert lines[2] == "| x12 | 86.3 | 0.971 | 0.9 |"
     assert lines[-1] == "Below 0.97: x12 on pydoc, x20 on trec."
+
+
+def test_an_encoder_is_judged_once_as_long_as_its_graph_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe("r", {}, (), encoders={"int8": "int8-checkpoint", "float": "model"})
+    judged: list[str] = []
+
+    def judge(subject: object, model: str) -> dict[str, float]:
+        judged.append(Path(model).name)
+        return {"STS-B dev": 86.0, "trec": len(judged) / 10}
+
+    monkeypatch.setattr("benchmarks.pruning_subjects.judge", judge)
+    first = make_report()
+    assert fidelities(recipe, first, tmp_path, tmp_path)["int8"]["trec"] == 0.1
+    assert judged == ["int8-checkpoint"]  # all the report's graphs have one hash
+    other = {"model.onnx": "f" * 64}
+    variants = [replace(v, sha256=other) if v.name == "float" else v for v in first.variants]
+    again = fidelities(recipe, replace(first, variants=variants), tmp_path, tmp_path)
+    assert judged == ["int8-checkpoint", "model"]
+    assert (again["int8"]["trec"], again["float"]["trec"]) == (0.1, 0.2)
 
 
 def test_times_are_shares_of_other_graphs_round_by_round() -> None:
