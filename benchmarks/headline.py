@@ -182,7 +182,15 @@ def compare(
         by_onnxruntime(plain, ort, out, ORT["dynamic"])()
     graphs = {graph: out / recipe.name / graph for graph in recipe.encoders}
     named = [f"{name}={path}" for name, path in {**graphs, ORT_INT8: ort, **others}.items()]
-    line = ["benchmark", "report", *named, "--baseline", MINILM, "--overwrite", "-o", str(target)]
+    judged = ["--eval", recipe.variables["eval"], "--columns", recipe.variables["eval_columns"]]
+    line = ["benchmark", "report", *named, "--baseline", MINILM, *judged]
+    line += [
+        "--title",
+        "all-MiniLM-L6-v2 by this and by other tools",
+        "--overwrite",
+        "-o",
+        str(target),
+    ]
     subprocess.run([sys.executable, "-m", "onnxpress", *line], check=True, stdout=sys.stderr)
     return read_report(found)
 

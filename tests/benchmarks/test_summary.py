@@ -38,6 +38,10 @@ def test_a_fast_wrong_model_cannot_win() -> None:
     report = make_report()
     wrong = report.variant("int8 pruned")
     wrong = replace(wrong, latency=[replace(x, agreement=0.1) for x in wrong.latency])
+    learned = replace(report, variants=[*report.variants[:3], wrong])
+    assert summary.best(learned) is wrong  # on real texts it gives what the baseline gives
+    assert not any("little to do" in note for note in summary.notes(learned))
+    wrong = replace(wrong, quality=wrong.quality[:1])  # that was not measured
     report = replace(report, variants=[*report.variants[:3], wrong])
     winner = summary.best(report)
     assert winner is not None
