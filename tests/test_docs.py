@@ -1,5 +1,6 @@
 """The README's and the guide's commands, run as they stand through a real bash, on a small model."""
 
+import itertools
 import json
 import os
 import re
@@ -56,6 +57,24 @@ def test_documented_commands_work(name: str, tmp_path: Path) -> None:
         target = re.search(r"-o (\S+)", line)
         if target:
             assert any((tmp_path / target[1]).iterdir()), line
+
+
+def test_the_readmes_headline_is_what_the_report_says() -> None:
+    def rows(text: str) -> dict[str, list[str]]:
+        """Return the first table's cells, without what is in parentheses, by the row's name."""
+        lines = itertools.takewhile(
+            lambda x: x.startswith("|"), text[text.index("| Variant") :].splitlines()
+        )
+        cells = [[re.sub(r" \(.*", "", c.strip()) for c in x.split("|")[1:-1]] for x in lines]
+        return {name: rest for name, *rest in cells[2:]}
+
+    told = rows((ROOT / "README.md").read_text())
+    report = rows(
+        (ROOT / "docs" / "results" / "headline" / "minilm-fast" / "report.md").read_text()
+    )
+    assert len(told) == len(report)
+    for name, cells in told.items():
+        assert set(cells) <= set(report[name]), name
 
 
 def test_exit_codes_are_documented() -> None:
