@@ -289,11 +289,15 @@ def main() -> None:
     parser.add_argument("--only", help="the recipe to run")
     given = parser.parse_args()
     others = {name: Path(path) for name, _, path in (word.partition("=") for word in given.other)}
+    if missing := [name for name, path in others.items() if not path.is_file()]:
+        parser.error(f"--other {missing[0]}: there is no such graph; it wants NAME=INT8.onnx")
+    known = {recipe.name: recipe for recipe in recipes(given.data, given.out)}
+    if given.only is not None and given.only not in known:
+        parser.error(f"there is no recipe {given.only!r}; there are {', '.join(known)}")
     given.out.mkdir(parents=True, exist_ok=True)
     try:
-        for recipe in recipes(given.data, given.out):
-            if given.only in (None, recipe.name):
-                _tell(recipe, given.data, given.out, others)
+        for recipe in [known[given.only]] if given.only else known.values():
+            _tell(recipe, given.data, given.out, others)
     except OnnxPressError as error:
         parser.exit(error.exit_code, f"Error: {error}\n")
 
