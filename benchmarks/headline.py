@@ -134,7 +134,7 @@ def prepare(recipe: Recipe, data: Path, out: Path) -> None:
     """Make what the recipe reads: parts of corpora, or a GPT-2 of random weights."""
     if recipe.name == "gpt2-decode":
         write_gpt2(out / "gpt2")
-    else:
+    if "texts" in recipe.variables:
         pruning_subjects.subject("minilm", data, data, out, out).prepare()
 
 
@@ -183,14 +183,9 @@ def compare(
     graphs = {graph: out / recipe.name / graph for graph in recipe.encoders}
     named = [f"{name}={path}" for name, path in {**graphs, ORT_INT8: ort, **others}.items()]
     judged = ["--eval", recipe.variables["eval"], "--columns", recipe.variables["eval_columns"]]
-    line = ["benchmark", "report", *named, "--baseline", MINILM, *judged]
-    line += [
-        "--title",
-        "all-MiniLM-L6-v2 by this and by other tools",
-        "--overwrite",
-        "-o",
-        str(target),
-    ]
+    titled = ["--title", "all-MiniLM-L6-v2 by this and by other tools"]
+    line = ["benchmark", "report", *named, "--baseline", MINILM, *judged, *titled]
+    line += ["--overwrite", "-o", str(target)]
     subprocess.run([sys.executable, "-m", "onnxpress", *line], check=True, stdout=sys.stderr)
     return read_report(found)
 

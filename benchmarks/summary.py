@@ -94,7 +94,7 @@ def best(report: BenchmarkReport) -> VariantReport | None:
     candidates = []
     for variant in report.variants:
         latency = latency_at(variant, place)
-        related = latency is not None and _likeness(variant, latency) >= UNRELATED
+        related = latency is not None and _likeness(variant, latency)[0] >= UNRELATED
         if variant.status == "ok" and latency is not None and latency.speedup and related:
             faster = latency.speedup
             # what is proven to be faster comes before what may be
@@ -164,14 +164,17 @@ def highlights(report: BenchmarkReport) -> list[tuple[str, str]]:
     return found
 
 
-def _likeness(variant: VariantReport, latency: Latency) -> float:
-    """Return the cosine of a variant's outputs to the baseline's, on real texts if there were some.
+def _likeness(variant: VariantReport, latency: Latency) -> tuple[float, str]:
+    """Return the cosine of a variant's outputs to the baseline's, and of what, in words.
 
-    Shapes are timed on random tokens, to which a model that learned from real texts may well answer
-    otherwise.
+    Of real texts, if there were some: shapes are timed on random tokens, to which a model that learned
+    from real texts may well answer otherwise.
     """
     real = quality_of(variant, "cosine_fidelity")
-    return real.value if real is not None else latency.agreement or 0
+    if real is not None:
+        return real.value, f"{real.value:.2f} on the data"
+    least = latency.agreement or 0
+    return least, f"down to {least:.2f} at {latency.workload}"
 
 
 def notes(report: BenchmarkReport) -> list[str]:
@@ -185,10 +188,10 @@ def notes(report: BenchmarkReport) -> list[str]:
         # equal generated tokens are another matter: one that differs makes all after it differ
         compared = [x for x in variant.latency if x.kind != "decoding" and x.agreement is not None]
         least = min(compared, key=lambda x: x.agreement or 0, default=None)
-        if least is not None and _likeness(variant, least) < UNRELATED:
+        cosine, told = (1.0, "") if least is None else _likeness(variant, least)
+        if cosine < UNRELATED:
             found.append(
-                f"The outputs of {variant.name} have little to do with the baseline's "
-                f"(cosine down to {least.agreement:.2f} at {least.workload})"
+                f"The outputs of {variant.name} have little to do with the baseline's (cosine {told})"
             )
         unknown = variant.latency and all(x.agreement is None for x in variant.latency)
         if unknown and report.variant(report.baseline).latency:

@@ -41,6 +41,9 @@ def test_a_fast_wrong_model_cannot_win() -> None:
     learned = replace(report, variants=[*report.variants[:3], wrong])
     assert summary.best(learned) is wrong  # on real texts it gives what the baseline gives
     assert not any("little to do" in note for note in summary.notes(learned))
+    lost = [replace(x, value=0.2) if x.metric == "cosine_fidelity" else x for x in wrong.quality]
+    unlike = replace(learned, variants=[*report.variants[:3], replace(wrong, quality=lost)])
+    assert any("(cosine 0.20 on the data)" in note for note in summary.notes(unlike))
     wrong = replace(wrong, quality=wrong.quality[:1])  # that was not measured
     report = replace(report, variants=[*report.variants[:3], wrong])
     winner = summary.best(report)
