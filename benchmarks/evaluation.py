@@ -93,8 +93,13 @@ class Evaluation:
             predict = (
                 trusted if subject is reference else Remembered(self._predict(subject, reference))
             )
+            settings = self.settings
+            if apart := _reads_apart(subject.source, reference.source):
+                settings = {**settings, "processor": subject.source.processor}
             for metric in self.metrics:
                 step(f"measuring {metric} of {subject.name}")
+                if apart and METRICS[metric].reference:
+                    continue  # one batch is for both, whose tokens have other numbers
                 lost = reference.failure is not None and METRICS[metric].reference
                 if not again or lost:
                     continue
@@ -105,7 +110,7 @@ class Evaluation:
                         predict,
                         self.examples,
                         reference=trusted if reference.failure is None else None,
-                        **self.settings,
+                        **settings,
                     )
                 except _ReferenceLostError:  # the baseline's failure, not this subject's
                     continue
@@ -126,6 +131,13 @@ class Evaluation:
         if not subject.source.foreign:
             return subject.worker.predict
         return lambda batch: completed(subject.worker.predict(batch), batch, reference.source)
+
+
+def _reads_apart(source: Source, reference: Source) -> bool:
+    """Return whether a variant has a tokenizer of its own, as after pruning the vocabulary."""
+    if source.processor is None or not hasattr(source.processor, "get_vocab"):
+        return False
+    return bool(source.processor.get_vocab() != reference.processor.get_vocab())
 
 
 class _ReferenceLostError(Exception):

@@ -59,7 +59,7 @@ def benchmark(
             f"{baseline} does not say what its inputs mean; compare it with a bundle or a model, by "
             "--baseline"
         )
-    inputs = make_workloads(first, config)
+    inputs = make_workloads(_for_all(first, list(sources.values())), config)
     workloads = [placed for count in counts for placed in on_threads(inputs, count, len(counts))]
     evaluation = Evaluation.open(config, first) if config.eval else None
     kept = Journal(journal, _identity(variants, baseline, sources, config, environment))
@@ -113,6 +113,15 @@ def _opened(subjects: Sequence[Subject], place: Place, step: Steps) -> Iterator[
 
 
 # --- what runs where -----------------------------------------------------------------------------
+
+
+def _for_all(first: Source, sources: Sequence[Source]) -> Source:
+    """Return the baseline's source, with no more tokens than every variant has to sample from."""
+    tokens = [getattr(each.signature, "vocabulary", 0) for each in sources if not each.foreign]
+    least = min((count for count in tokens if count), default=0)
+    if least >= getattr(first.signature, "vocabulary", 0) or not least:
+        return first
+    return replace(first, signature=replace(first.signature, vocabulary=least))
 
 
 def _use(subject: Subject, workload: Workload, place: Place) -> GraphUse | None:

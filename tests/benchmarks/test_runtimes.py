@@ -111,6 +111,36 @@ def test_a_checkpoint_and_its_bundle_are_measured_alike(tmp_path: Path) -> None:
     assert str(tmp_path) not in str(report.to_json())
 
 
+def test_a_model_with_a_tokenizer_of_its_own_is_judged_by_that(tmp_path: Path) -> None:
+    from compress.checkpoint import save_checkpoint
+    from compress.loading import open_checkpoint
+    from compress.vocabulary import prune_vocabulary
+
+    source = write_sentence_encoder(tmp_path / "source")
+    pairs = [("the cat sat", "a cat sat", 4.5), ("a red bird", "one bird", 0.5), ("blue", "red", 2)]
+    lines = "".join(f"{a}\t{b}\t{score}\n" for a, b, score in pairs)
+    (tmp_path / "pairs.tsv").write_text(lines)
+    texts = [text for a, b, _ in pairs for text in (a, b)]
+    small = prune_vocabulary(open_checkpoint(str(source)), texts).checkpoint
+    (tmp_path / "small").mkdir()
+    save_checkpoint(small, tmp_path / "small")
+    assert len(small.processor) < len(open_checkpoint(str(source)).processor)
+    names = ("source", "small")
+    report = benchmark(
+        [Variant(name, str(tmp_path / name), "pytorch") for name in names],
+        config=BenchmarkConfig(
+            shapes=((1, 4),), rounds=8, seconds=0.01, warm_up_seconds=0.1, threads=(1,), precision=9,
+            eval=str(tmp_path / "pairs.tsv"), columns="text,text_pair,score",
+        ),
+    )  # fmt: skip
+    base, own = report.variants
+    assert own.status == "ok", own.reason
+    assert own.quality[0].value == pytest.approx(base.quality[0].value, abs=1e-3)
+    # outputs for one batch, whose tokens mean other words to it, are not compared
+    assert [each.metric for each in own.quality] == ["spearman"]
+    assert len(base.quality) > 1
+
+
 @pytest.mark.exhaustive
 def test_a_decoder_with_cache_is_measured_like_its_checkpoint(tmp_path: Path) -> None:
     from compress.loading import open_checkpoint
