@@ -49,15 +49,28 @@ def subject(name: str, data: Path, models: Path, out: Path, trained: Path) -> Su
     return Subject(name, other.model, judged, other.prepare)
 
 
-def mixed(data: Path) -> tuple[str, ...]:
-    """Return the options that read unlabelled sentences of several domains, without what judges."""
-    texts = (
-        f"{data}/stsb/train.csv", f"{data}/multi30k/train.en", f"{data}/sst2/train.tsv",
-        "OUT/texts/agnews.train.tsv", "OUT/texts/wikitext2.train.txt", "OUT/texts/trec.train.txt",
-        "pydoc:train",
-    )  # fmt: skip
-    columns = "sentence1,sentence2,_;;;text,_;;;"
-    return "--data", ",".join(texts), "--columns", columns, "--max-length", "64"
+def mixed(data: Path, evened: bool = False) -> tuple[str, ...]:
+    """Return the options that read unlabelled sentences of several domains, without what judges.
+
+    `evened` takes small corpora several times, half of all texts being of SST-2 otherwise, and adds
+    docstrings, for there are few sentences of documentation.
+    """
+    parts = [
+        (1, f"{data}/stsb/train.csv", "sentence1,sentence2,_"),
+        (1, f"{data}/multi30k/train.en", ""),
+        (1, f"{data}/sst2/train.tsv", ""),
+        (3, "OUT/texts/agnews.train.tsv", "text,_"),
+        (6, "OUT/texts/wikitext2.train.txt", ""),
+        (4, "OUT/texts/trec.train.txt", ""),
+        (4, "pydoc:train", ""),
+    ]
+    texts = ",".join(
+        f"{times}*{spec}" if evened and times > 1 else spec for times, spec, _ in parts
+    )
+    columns = ";".join(own for _, _, own in parts)
+    if evened:
+        texts, columns = f"{texts},docstrings:train", f"{columns};"
+    return "--data", texts, "--columns", columns, "--max-length", "64"
 
 
 def _sentences(data: Path, out: Path) -> Subject:

@@ -1,7 +1,11 @@
-"""Two data sets that need no download: Python's own documentation, and scikit-learn's digits."""
+"""Data sets that need no download: Python's help texts and docstrings, and scikit-learn's digits."""
 
+import ast
 import hashlib
 import re
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 
@@ -24,9 +28,40 @@ def pydoc_sentences(split: str | None = None) -> list[str]:
     """
     from pydoc_data.topics import topics  # 465 kB: read when asked for
 
+    return _sentences((topics[name] for name in sorted(topics)), split)
+
+
+def docstrings(split: str | None = None) -> list[str]:
+    """Return the English sentences of the standard library's docstrings, in order.
+
+    Its modules are parsed, not imported. `split` is as for `pydoc_sentences`, and by the same rule,
+    so neither's training sentences are among the other's for testing. Raises DataError for a Python
+    that comes without its library's sources.
+    """
+    found = _sentences(_docstrings(Path(sysconfig.get_path("stdlib"))), split)
+    if not found:
+        raise DataError("this Python comes without its library's sources; use pydoc for docstrings")
+    return found
+
+
+def _docstrings(library: Path) -> Iterator[str]:
+    """Yield every docstring in the modules below a folder, without tests and what was installed."""
+    for path in sorted(library.rglob("*.py")):
+        if {"site-packages", "test", "tests", "lib2to3", "idlelib"} & {*path.parts}:
+            continue
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):  # a template, not a module
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                yield ast.get_docstring(node) or ""
+
+
+def _sentences(texts: Iterable[str], split: str | None) -> list[str]:
     found: dict[str, None] = {}  # a dict keeps the order and drops repetitions
-    for name in sorted(topics):
-        for paragraph in _paragraphs(topics[name]):
+    for text in texts:
+        for paragraph in _paragraphs(text):
             for sentence in _SENTENCE_END.split(paragraph):
                 if _is_prose(sentence):
                     found[sentence] = None
@@ -34,7 +69,7 @@ def pydoc_sentences(split: str | None = None) -> list[str]:
 
 
 def _paragraphs(text: str) -> list[str]:
-    """Return the paragraphs and list items of one topic, each on one line and without markup."""
+    """Return the paragraphs and list items of one text, each on one line and without markup."""
     paragraphs: list[list[str]] = [[]]
     for line in text.splitlines():
         if not line.strip() or _BULLET.match(line):

@@ -6,6 +6,7 @@ import json
 import re
 import zipfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ SUPPORTED = (
     "files ending in .jsonl, .json (one object per line), .csv, .tsv, .parquet, .txt, .text or a "
     "language such as .en (one text per line), .npz (images), two files of lines as in "
     "train.de+train.en, whole:FILE[:train|:test], hf:NAME[/CONFIG]:SPLIT, pydoc[:train|:test], "
-    "digits[:train|:test]; several joined by commas"
+    "digits[:train|:test]; several joined by commas, each as often as N*SPEC says"
 )
 TRAIN_SHARE = 0.9  # of the characters of whole:FILE:train; whole:FILE:test has the rest
+_TIMES = re.compile(r"(\d+)\*(.+)")
 _NPZ = re.compile(r"(.+\.npz)(?::(\w+))?")
 _WHOLE = re.compile(r"whole:(.+?)(?::(train|test))?")
 # names of arrays in an .npz file, each followed by _SPLIT if there are several
@@ -52,7 +54,7 @@ def read_table(spec: str, positions: list[str]) -> Table:
     """Return the columns of what `spec` names; `positions` are those of a file without a header."""
     if spec.startswith("hf:"):
         return _read_hub(spec)
-    if re.match(r"(pydoc|digits)(:|$)", spec):
+    if re.match(r"(pydoc|docstrings|digits)(:|$)", spec):
         return _read_embedded(spec)
     if whole := _WHOLE.fullmatch(spec):
         return {"text": [_read_whole(*whole.groups())]}
@@ -63,17 +65,29 @@ def read_table(spec: str, positions: list[str]) -> Table:
     return _read_file(spec, positions)
 
 
-def parts_of(spec: str) -> list[str]:
-    """Return the sources that `spec` joins by commas; one, unless there are some."""
+@dataclass(frozen=True)
+class Part:
+    """One of the sources that a spec joins, and how often each of its texts is taken."""
+
+    spec: str
+    times: int = 1
+
+
+def parts_of(spec: str) -> list[Part]:
+    """Return the sources that `spec` joins by commas; one, taken once, unless it says otherwise."""
     if Path(spec).is_file():
-        return [spec]
-    return [part.strip() for part in spec.split(",")]
+        return [Part(spec)]
+    found = []
+    for part in map(str.strip, spec.split(",")):
+        counted = None if Path(part).is_file() else _TIMES.fullmatch(part)
+        found.append(Part(counted[2], int(counted[1])) if counted else Part(part))
+    return found
 
 
 def data_files(spec: str) -> list[Path]:
     """Return the files that `spec` reads; none for data that is built in or on the hub."""
-    if len(parts := parts_of(spec)) > 1:
-        return [path for part in parts for path in data_files(part)]
+    if (parts := parts_of(spec)) != [Part(spec)]:
+        return [path for part in parts for path in data_files(part.spec)]
     if whole := _WHOLE.fullmatch(spec):
         return [Path(whole[1])]
     if npz := _NPZ.fullmatch(spec):
@@ -238,8 +252,9 @@ def _read_embedded(spec: str) -> Table:
     name, _, split = spec.partition(":")
     if split not in ("", *embedded.SPLITS) or spec.endswith(":"):
         raise DataError(f"{spec} has no such split; use {name}, {name}:train or {name}:test")
-    if name == "pydoc":
-        return {"text": embedded.pydoc_sentences(split or None)}
+    if name != "digits":
+        read = embedded.pydoc_sentences if name == "pydoc" else embedded.docstrings
+        return {"text": read(split or None)}
     images, labels = embedded.digits(split or None)
     return {"image": list(images), "label": labels.tolist()}
 

@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 
 from calib_data.errors import ConfigError, DataError
-from calib_data.readers import TABLES, parts_of, read_table
+from calib_data.readers import TABLES, Part, parts_of, read_table
 
 ROLES = ("text", "text_pair", "label", "score", "image")
 ALIASES = {
@@ -96,12 +96,13 @@ def open_data(
     blank text are left out.
 
     Several specs joined by commas, as in `a.txt,b.csv,pydoc`, give the texts of all, pairs as two,
-    each text once; `columns` then has one part for each, joined by semicolons.
+    each text once; `columns` then has one part for each, joined by semicolons. `5*b.csv` takes the
+    texts of a small source five times, lest a large one drown it.
 
     Raises DataError for data that cannot be read, lacks a usable column or is empty, and
     ConfigError for settings that make no sense.
     """
-    if len(parts := parts_of(spec)) > 1:
+    if (parts := parts_of(spec)) != [Part(spec)]:
         return _mixture(parts, columns, spec).limit(limit, seed)
     positions, mapping = _parse_columns(columns)
     if positions and Path(spec).suffix.lower() not in TABLES:
@@ -137,23 +138,32 @@ def open_data(
     return Examples(_dataset(kept), spec, names)
 
 
-def _mixture(parts: Sequence[str], columns: str | None, spec: str) -> Examples:
-    """Return the texts of several sources."""
+def _mixture(parts: Sequence[Part], columns: str | None, spec: str) -> Examples:
+    """Return the texts of several sources: all once, then those that are to come again."""
     each = columns.split(";") if columns else [""] * len(parts)
     if len(each) != len(parts):
         raise ConfigError(
             f"--columns {columns} has {len(each)} parts for {len(parts)} sources; join one for each "
             "with ; and leave those empty that need none, as in 'text,_;;text=body'"
         )
-    texts: dict[str, None] = {}
+    times: dict[str, int] = {}  # of a text that several sources have, the most that one asks for
     for part, own in zip(parts, each):
-        examples = open_data(part, own.strip() or None)
+        if part.times < 1:
+            raise ConfigError(
+                f"{spec} takes {part.spec} {part.times} times; leave it out, or take it once"
+            )
+        examples = open_data(part.spec, own.strip() or None)
         roles = [role for role in ("text", "text_pair") if role in examples.roles]
         if not roles:
-            raise DataError(f"{part} has no text; only texts can be joined with commas")
-        for role in roles:
-            texts.update(dict.fromkeys(examples.column(role)))
-    return Examples(_dataset({"text": list(texts)}), spec)
+            raise DataError(
+                f"{part.spec} has no text; only texts can be joined with commas, or taken several times"
+            )
+        for text in (text for role in roles for text in examples.column(role)):
+            times[text] = max(times.get(text, 0), part.times)
+    most = max(times.values())
+    return Examples(
+        _dataset({"text": [t for turn in range(most) for t, n in times.items() if n > turn]}), spec
+    )
 
 
 def _choose(length: int, count: int | None, seed: int) -> list[int]:

@@ -141,4 +141,7 @@ def _hash_result(directory: Path) -> str:
 def _hash_data(spec: str) -> str:
     from calib_data.readers import data_files, parts_of
 
-    return ",".join("+".join(map(sha256_file, data_files(x))) or x for x in parts_of(spec))
+    return ",".join(
+        f"{part.times}*{'+'.join(map(sha256_file, data_files(part.spec))) or part.spec}"
+        for part in parts_of(spec)
+    )

@@ -1,9 +1,10 @@
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from calib_data.embedded import LONGEST, SHORTEST, digits, pydoc_sentences
+from calib_data.embedded import LONGEST, SHORTEST, digits, docstrings, pydoc_sentences
 from calib_data.errors import DataError
 
 
@@ -14,6 +15,28 @@ def test_pydoc_is_clean_prose() -> None:
     assert all(SHORTEST <= len(s) <= LONGEST for s in sentences)
     assert not [s for s in sentences if "\n" in s or ">>>" in s or "::=" in s or "**" in s]
     assert sum(s[0].isupper() for s in sentences) > 0.9 * len(sentences)
+
+
+def test_docstrings_are_parsed_not_run(monkeypatch, tmp_path: Path) -> None:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "a.py").write_text(
+        'raise SystemExit  # if imported\nclass A:\n    """Hold one thing. It is kept for good.\n\n'
+        '    >>> A()\n    """\n    async def f(self):\n        """Return what was put in before."""\n'
+    )
+    (tmp_path / "template.py").write_text("class {name}:\n")
+    (tmp_path / "tests" / "b.py").write_text('"""These are the tests of all that."""\n')
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert docstrings() == ["It is kept for good.", "Return what was put in before."]
+    assert sorted(docstrings("train") + docstrings("test")) == sorted(docstrings())
+    (tmp_path / "a.py").unlink()
+    with pytest.raises(DataError, match="without its library's sources; use pydoc"):
+        docstrings()
+
+
+def test_docstrings_to_train_on_are_none_that_pydoc_tests_on() -> None:
+    train = docstrings("train")
+    assert len(set(train)) == len(train) > 5000
+    assert not {*train} & {*pydoc_sentences("test")}
 
 
 def test_pydoc_splits_are_disjoint_and_complete() -> None:

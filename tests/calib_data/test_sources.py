@@ -278,6 +278,33 @@ def test_sources_joined_by_commas_give_the_texts_of_all(write) -> None:
     assert set(mixed.column("text")) > {"one", "two"}
 
 
+def test_a_source_that_is_taken_several_times(write) -> None:
+    small, large = write("a.txt", "one\ntwo\n"), write("b.txt", "two\nthree\n")
+    found = open_data(f"3*{small},{large}").column("text")
+    assert found == ["one", "two", "three", "one", "two", "one", "two"]
+    # alone, and the larger number counts for what two sources have
+    assert open_data(f"2*{large}").column("text") == ["two", "three"] * 2
+    assert open_data(f"{small},2*{large}").column("text").count("two") == 2
+    assert data_files(f"3*{small},{large}") == [Path(small), Path(large)]
+    assert data_files(f"3*{small}") == [Path(small)]
+    pairs = write("c.csv", "four,five,1\n")
+    assert len(open_data(f"2*{pairs},{small}", "sentence1,sentence2,score;")) == 6
+
+
+def test_a_source_that_is_taken_no_time_is_refused(write) -> None:
+    path = write("a.txt", "one\n")
+    with pytest.raises(ConfigError, match="0 times; leave it out"):
+        open_data(f"0*{path}")
+    with pytest.raises(DataError, match="digits has no text"):
+        open_data("2*digits")
+
+
+def test_a_star_in_a_file_name_counts_nothing(write, tmp_path, monkeypatch) -> None:
+    write("2*a.txt", "one\n")
+    monkeypatch.chdir(tmp_path)
+    assert open_data("2*a.txt").column("text") == ["one"]
+
+
 def test_a_comma_in_a_file_name_joins_nothing(write) -> None:
     path = write("a,b.txt", "one\n")
     assert open_data(path).column("text") == ["one"]
