@@ -23,6 +23,7 @@ SUPPORTED = (
     "digits[:train|:test]; several joined by commas, each as often as N*SPEC says"
 )
 TRAIN_SHARE = 0.9  # of the characters of whole:FILE:train; whole:FILE:test has the rest
+_BUILT_IN = re.compile(r"(pydoc|docstrings|digits)(:|$)")
 _TIMES = re.compile(r"(\d+)\*(.+)")
 _NPZ = re.compile(r"(.+\.npz)(?::(\w+))?")
 _WHOLE = re.compile(r"whole:(.+?)(?::(train|test))?")
@@ -54,7 +55,7 @@ def read_table(spec: str, positions: list[str]) -> Table:
     """Return the columns of what `spec` names; `positions` are those of a file without a header."""
     if spec.startswith("hf:"):
         return _read_hub(spec)
-    if re.match(r"(pydoc|docstrings|digits)(:|$)", spec):
+    if _BUILT_IN.match(spec):
         return _read_embedded(spec)
     if whole := _WHOLE.fullmatch(spec):
         return {"text": [_read_whole(*whole.groups())]}
@@ -86,14 +87,43 @@ def parts_of(spec: str) -> list[Part]:
 
 def data_files(spec: str) -> list[Path]:
     """Return the files that `spec` reads; none for data that is built in or on the hub."""
-    if (parts := parts_of(spec)) != [Part(spec)]:
-        return [path for part in parts for path in data_files(part.spec)]
+    paths = [path for part in parts_of(spec) for path in _named_files(part.spec)]
+    return paths if all(path.is_file() for path in paths) else []
+
+
+def require_files(spec: str) -> None:
+    """Raise `DataError` unless `spec` is of a known kind and its files are there; open none."""
+    for part in parts_of(spec):
+        for path in _named_files(part.spec):
+            if not part.spec.startswith("whole:"):
+                _kind_of(path)
+            _require_file(path)
+
+
+def _named_files(spec: str) -> list[Path]:
+    """Return the files that one source names, there or not."""
+    if spec.startswith("hf:") or _BUILT_IN.match(spec):
+        return []
     if whole := _WHOLE.fullmatch(spec):
         return [Path(whole[1])]
     if npz := _NPZ.fullmatch(spec):
         return [Path(npz[1])]
-    paths = [Path(spec)] if Path(spec).is_file() else [Path(part) for part in spec.split("+")]
-    return paths if all(path.is_file() for path in paths) else []
+    return [Path(spec)] if Path(spec).is_file() else [Path(part) for part in spec.split("+")]
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise DataError(f"{path} is not a file; check the path (now in {Path.cwd()})")
+
+
+def _kind_of(path: Path) -> str:
+    """Return the suffix that says how a file is read; "" for lines of text."""
+    suffix = path.suffix.lower()
+    if suffix in (".text", ".txt") or re.fullmatch(r"\.[a-z]{2}", suffix):
+        return ""
+    if suffix not in {**_READERS, **TABLES, ".npz": None}:
+        raise DataError(f"{path} is no data set I can open; I open {SUPPORTED}")
+    return suffix
 
 
 def _read_aligned(spec: str) -> Table:
@@ -115,8 +145,7 @@ def _read_aligned(spec: str) -> Table:
 def _read_whole(name: str, split: str | None) -> str:
     """Return a file as one text, or its first 90 % (train) or the rest (test) in characters."""
     path = Path(name)
-    if not path.is_file():
-        raise DataError(f"{name} is not a file; check the path (now in {Path.cwd()})")
+    _require_file(path)
     text = _decode(path)
     cut = int(TRAIN_SHARE * len(text))
     return {"train": text[:cut], "test": text[cut:], None: text}[split]
@@ -124,8 +153,7 @@ def _read_whole(name: str, split: str | None) -> str:
 
 def _read_npz(path: Path, split: str | None) -> Table:
     """Return the images and labels of one split: arrays `x_SPLIT` and `y_SPLIT`, or `x` and `y`."""
-    if not path.is_file():
-        raise DataError(f"{path} is not a file; check the path (now in {Path.cwd()})")
+    _require_file(path)
     try:
         # Never unpickled: an array of objects raises ValueError.
         with np.load(path, allow_pickle=False) as file:
@@ -156,20 +184,16 @@ def _read_npz(path: Path, split: str | None) -> Table:
 
 def _read_file(spec: str, positions: list[str]) -> Table:
     path = Path(spec)
-    suffix = path.suffix.lower()
-    lines = suffix in (".txt", ".text") or re.fullmatch(r"\.[a-z]{2}", suffix)
-    if suffix not in {**_READERS, **TABLES} and not lines:
-        raise DataError(f"{spec} is no data set I can open; I open {SUPPORTED}")
-    if not path.is_file():
-        raise DataError(f"{spec} is not a file; check the path (now in {Path.cwd()})")
+    suffix = _kind_of(path)
+    _require_file(path)
     try:
         if suffix in TABLES:
             return _with_header(TABLES[suffix](path), positions, spec)
-        return _READERS[suffix](path) if suffix in _READERS else {"text": _lines(path)}
+        return _READERS[suffix](path) if suffix else {"text": _lines(path)}
     except DataError:
         raise
     except (OSError, ValueError, csv.Error) as error:  # pyarrow's errors are of these families
-        raise DataError(f"{spec} cannot be read as {suffix}: {_one_line(error)}") from error
+        raise DataError(f"{spec} cannot be read as {path.suffix}: {_one_line(error)}") from error
 
 
 def _decode(path: Path) -> str:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from compress.checkpoint import Checkpoint
     from compress.distill_config import DistillConfig
     from compress.prune import PruneConfig
+    from compress.train_config import TrainConfig
     from onnxpress.stages import DataChoice, ModelChoice
 
 CALIBRATE = 512  # examples that importance and reconstruction look at
@@ -33,6 +34,12 @@ class HealChoice:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ConfigError(f"--heal must be at least 1 step, got {self.steps}")
+        self._training()  # raises now, not after the pruning
+
+    def _training(self) -> "TrainConfig":
+        from compress.train_config import TrainConfig
+
+        return TrainConfig(**{"learning_rate": _RATE, **self.train, "steps": self.steps})
 
     def config(
         self, teacher: "Checkpoint", kept: "Mapping[str, tuple[int, ...]]"
@@ -42,16 +49,14 @@ class HealChoice:
         A layer learns from the one that it was; classifiers learn hidden states besides logits.
         """
         from compress.distill_config import DistillConfig
-        from compress.train_config import TrainConfig
 
-        train = TrainConfig(**{"learning_rate": _RATE, **self.train, "steps": self.steps})
         matching = dict(self.matching)
         if not matching.get("losses") and teacher.task_row.target == "class":
             matching["losses"] = ("logits", "hidden")
         if len(kept) == 1 and matching.get("layer_map", "uniform") == "uniform":
             pairs = (f"{mine}:{theirs}" for mine, theirs in enumerate(next(iter(kept.values()))))
             matching["layer_map"] = ",".join(pairs)
-        return DistillConfig(**matching, train=train)
+        return DistillConfig(**matching, train=self._training())
 
 
 @dataclass(frozen=True)

@@ -9,19 +9,20 @@ import hashlib
 import inspect
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from calib_data.errors import DestinationError
+from calib_data.errors import DestinationError, OnnxPressError
 from compress.files import destination_errors, sha256_directory, sha256_file, write_json
 from compress.train_log import LOG
 from onnxpress.recipe import SOURCE, Recipe, Step
-from onnxpress.recipe_stages import STAGES, Stage
+from onnxpress.recipe_stages import STAGES, Job, Stage
 from onnxpress.stages import Run
 
 _STATE = ".onnxpress"
+_DATA = ("data", "eval", "plan", "vocab_from", "keep_tokens")  # settings that name files
 _LAYERS = ("calib_data", "compress", "export", "benchmarks", "onnxpress")
 
 
@@ -31,35 +32,50 @@ def run_recipe(
     """Run the steps that need it, in order, each into out/NAME; return all steps.
 
     `tell` gets one line per step. With `run.overwrite` nothing counts as unchanged. Raises
-    `DestinationError` where another run is at work in `out`.
+    `ConfigError` for settings and `DataError` for missing files of any step before the first one
+    runs, and `DestinationError` where another run is at work in `out`.
     """
     from filelock import FileLock, Timeout
 
     run = replace(run, seed=run.seed or recipe.seed)
+    # Training that was killed goes on where it was, unless all is to be made again.
+    own = replace(run, overwrite=True, resume=not run.overwrite)
+    jobs = [_prepared(recipe, step, out, own) for step in recipe.steps]
     state = out / _STATE
     with destination_errors(out):
         state.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(state / "lock", timeout=0):
             hashes = {SOURCE: _hash_model(recipe.origin.model)}
-            for step in recipe.steps:
-                hashes[step.name] = _run_step(recipe, step, out, run, hashes, tell)
+            for step, job in zip(recipe.steps, jobs):
+                hashes[step.name] = _run_step(step, job, out, run, hashes, tell)
     except Timeout as error:
         raise DestinationError(f"another run is at work in {out}; wait for it") from error
     return recipe.steps
 
 
+def _prepared(recipe: Recipe, step: Step, out: Path, run: Run) -> Job:
+    """Return what makes a step's result, all that can be checked beforehand being checked."""
+    try:
+        from calib_data.readers import require_files
+
+        for spec in _specs(step, ("data", "eval", "vocab_from")):
+            require_files(spec)
+        return STAGES[step.stage].prepare(_resolve(recipe, step, out), run, recipe.origin)
+    except OnnxPressError as error:
+        raise type(error)(f"step {step.name}: {error}") from error
+
+
 def _run_step(
-    recipe: Recipe,
     step: Step,
+    job: Job,
     out: Path,
     run: Run,
     hashes: Mapping[str, str],
     tell: Callable[[str], None],
 ) -> str:
     """Make a step's result unless it is there already; return the result's hash."""
-    stage = STAGES[step.stage]
-    key = _key(step, stage, run.seed, [hashes[name] for name in step.inputs])
+    key = _key(step, STAGES[step.stage], run.seed, [hashes[name] for name in step.inputs])
     record, result = out / _STATE / f"{step.name}.json", out / step.name
     if not run.overwrite and record.is_file() and result.is_dir():
         try:
@@ -70,9 +86,7 @@ def _run_step(
             tell(f"{step.name}: unchanged")
             return str(noted["sha256"])
     started = time.monotonic()
-    # Training that was killed goes on where it was, unless all is to be made again.
-    own = replace(run, overwrite=True, resume=not run.overwrite)
-    stage.run(_resolve(recipe, step, out), result, own, recipe.origin)
+    job(result)
     sha256 = _hash_result(result)
     with destination_errors(out):
         partial = record.with_suffix(".partial")
@@ -104,11 +118,7 @@ def _key(step: Step, stage: Stage, seed: int, inputs: list[str]) -> str:
         "settings": step.settings,
         "seed": seed,
         "inputs": inputs,
-        "data": [
-            _hash_data(str(step.settings[k]))
-            for k in ("data", "eval", "plan", "vocab_from", "keep_tokens")
-            if k in step.settings
-        ],
+        "data": [_hash_data(spec) for spec in _specs(step, _DATA)],
         "code": _code_version(stage.layers),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
@@ -136,6 +146,10 @@ def _hash_model(model: str) -> str:
 def _hash_result(directory: Path) -> str:
     """Return the hash of what a stage wrote, but for its log: the same run takes other times."""
     return sha256_directory(directory, without=(LOG,))
+
+
+def _specs(step: Step, names: Sequence[str]) -> list[str]:
+    return [str(step.settings[k]) for k in names if step.settings.get(k) is not None]
 
 
 def _hash_data(spec: str) -> str:

@@ -1,4 +1,7 @@
-"""The stages as recipes call them: a step's settings become a stage's configs and choices."""
+"""The stages as recipes call them: a step's settings become a stage's configs and choices.
+
+That is done for every step before the first one runs, so a mistake in the last costs no hour.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -31,11 +34,17 @@ class Origin:
     command: str
 
 
+Job = Callable[[Path], object]  # writes a step's result to a folder
+
+
 @dataclass(frozen=True)
 class Stage:
-    """How a stage of a recipe is run: the settings that name inputs, and the layers of code it uses."""
+    """A stage of a recipe: its jobs, the settings that name inputs, and the layers of code it uses.
 
-    run: Callable[[Mapping[str, Any], Path, Run, Origin], dict[str, Any]]
+    `prepare` reads and checks a step's settings and raises `ConfigError`; it opens no input.
+    """
+
+    prepare: Callable[[Mapping[str, Any], Run, Origin], Job]
     inputs: tuple[str, ...]
     layers: int  # how many of the packages, from the lowest on, it depends on
 
@@ -87,7 +96,7 @@ _GENERATE = {
 }
 
 
-def _distill(settings: Mapping[str, Any], out: Path, run: Run, origin: Origin) -> dict[str, Any]:
+def _distill(settings: Mapping[str, Any], run: Run, origin: Origin) -> Job:
     from compress.distill import DistillConfig
     from compress.sizes import StudentShape
     from compress.training import TrainConfig
@@ -102,15 +111,16 @@ def _distill(settings: Mapping[str, Any], out: Path, run: Run, origin: Origin) -
     generate = {name: settings[key] for key, name in _GENERATE.items() if key in settings}
     teacher = ModelChoice(settings.get("teacher", origin.model))
     student = None if shape else ModelChoice(settings["from"])
-    return stages.distill_model(
+    data, training = _data(settings), _training(settings)
+    return lambda out: stages.distill_model(
         teacher if student else ModelChoice(settings["from"]),
-        student, shape, _data(settings), config, out, run, _training(settings),
+        student, shape, data, config, out, run, training,
         pack=settings.get("pack", False), generate=generate if "new_tokens" in generate else None,
         cache_teacher=settings.get("cache_teacher", False),
     )  # fmt: skip
 
 
-def _finetune(settings: Mapping[str, Any], out: Path, run: Run, origin: Origin) -> dict[str, Any]:
+def _finetune(settings: Mapping[str, Any], run: Run, origin: Origin) -> Job:
     from compress.adapter_plan import AdapterConfig
     from compress.finetune import finetune_config
     from compress.training import TrainConfig
@@ -128,9 +138,8 @@ def _finetune(settings: Mapping[str, Any], out: Path, run: Run, origin: Origin) 
         settings["from"], task=settings.get("task"), new_head=settings.get("new_head", False)
     )
     pack = settings.get("pack", False)
-    return stages.finetune_model(
-        start, _data(settings), pack, config, out, run, _training(settings)
-    )
+    data, training = _data(settings), _training(settings)
+    return lambda out: stages.finetune_model(start, data, pack, config, out, run, training)
 
 
 # settings of a pruning step that are not of a config: what is aimed at, and how it is healed
@@ -144,7 +153,7 @@ _BESIDES = {
 }  # fmt: skip
 
 
-def _prune(settings: Mapping[str, Any], out: Path, run: Run, origin: Origin) -> dict[str, Any]:
+def _prune(settings: Mapping[str, Any], run: Run, origin: Origin) -> Job:
     from compress.distill_config import DistillConfig
     from compress.prune_config import PruneConfig
     from compress.train_config import TrainConfig
@@ -181,11 +190,13 @@ def _prune(settings: Mapping[str, Any], out: Path, run: Run, origin: Origin) -> 
     )
     config = config_of(_pick(settings, _names(PruneConfig)), choice, run.seed)
     data = _data(settings) if "data" in settings else None
-    result = prune_model(
-        ModelChoice(settings["from"]), data, config, out, run, choice, _training(settings)
-    )
-    require_target(result)
-    return result
+    choice.check(config, data)
+    model, training = ModelChoice(settings["from"]), _training(settings)
+
+    def job(out: Path) -> None:
+        require_target(prune_model(model, data, config, out, run, choice, training))
+
+    return job
 
 
 def _text(value: Any) -> str | None:
@@ -206,7 +217,7 @@ def _vocabulary(settings: Mapping[str, Any]) -> VocabularyChoice | None:
     )
 
 
-def _quantize(settings: Mapping[str, Any], out: Path, run: Run, origin: Origin) -> dict[str, Any]:
+def _quantize(settings: Mapping[str, Any], run: Run, origin: Origin) -> Job:
     from compress.quantize_config import QuantizeConfig
 
     own = {"data", "eval", "eval_columns", "metric", "max_drop"}
@@ -215,9 +226,13 @@ def _quantize(settings: Mapping[str, Any], out: Path, run: Run, origin: Origin) 
     read = {"limit": LIMIT, **_take(settings, DataChoice)}
     data = DataChoice(spec=settings["data"], **read) if "data" in settings else None
     choice = QuantizeChoice(data, _budget(settings))
-    result = stages.quantize_model(ModelChoice(settings["from"]), config, out, run, choice)
-    require_budget(result)
-    return result
+    choice.check(config, run.overwrite)
+    model = ModelChoice(settings["from"])
+
+    def job(out: Path) -> None:
+        require_budget(stages.quantize_model(model, config, out, run, choice))
+
+    return job
 
 
 def _budget(settings: Mapping[str, Any]) -> Budget | None:
@@ -230,16 +245,17 @@ def _budget(settings: Mapping[str, Any]) -> Budget | None:
     return Budget(settings["max_drop"], held_out, settings.get("metric"))
 
 
-def _export(settings: Mapping[str, Any], out: Path, run: Run, origin: Origin) -> dict[str, Any]:
+def _export(settings: Mapping[str, Any], run: Run, origin: Origin) -> Job:
     from export.graph import ExportConfig
 
     _check_settings(settings, {"provider"}, _names(ExportConfig))
     config = ExportConfig.from_json(_take(settings, ExportConfig))
     provider = settings.get("provider", "cpu")
-    return stages.export_model(ModelChoice(settings["from"]), config, provider, out, run)
+    model = ModelChoice(settings["from"])
+    return lambda out: stages.export_model(model, config, provider, out, run)
 
 
-def _report(settings: Mapping[str, Any], out: Path, run: Run, origin: Origin) -> dict[str, Any]:
+def _report(settings: Mapping[str, Any], run: Run, origin: Origin) -> Job:
     from benchmarks.config import BenchmarkConfig
 
     _check_settings(settings, {"bundles", "baseline", "also", "title"}, _names(BenchmarkConfig))
@@ -253,7 +269,8 @@ def _report(settings: Mapping[str, Any], out: Path, run: Run, origin: Origin) ->
         command=origin.command,
         config=_take(settings, BenchmarkConfig),
     )
-    return stages.report_bundles(choice, out, run)
+    choice.benchmark(run.seed)  # raises now what is wrong with it
+    return lambda out: stages.report_bundles(choice, out, run)
 
 
 STAGES = {

@@ -16,6 +16,7 @@ from onnxpress.quantization import QuantizeChoice, calibration_state, quantize_w
 from onnxpress.training import TrainingChoice, told
 
 if TYPE_CHECKING:
+    from benchmarks.config import BenchmarkConfig
     from benchmarks.worker import Variant
     from calib_data.batches import Batches, Objective
     from calib_data.sources import Examples
@@ -184,6 +185,14 @@ class ReportChoice:
     command: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     earlier: tuple[Path, ...] = ()  # reports made before, for the trend
+
+    def benchmark(self, seed: int) -> "BenchmarkConfig":
+        """Return how it measures; raises `ConfigError` for settings that make no sense."""
+        from benchmarks.config import BenchmarkConfig
+
+        if self.also and self.baseline is None:
+            raise ConfigError(f"--also {self.also[0]} is of a --baseline; name one")
+        return BenchmarkConfig.from_json({**self.config, "seed": seed})
 
 
 def distill_model(
@@ -410,17 +419,14 @@ def report_bundles(choice: ReportChoice, out: Path, run: Run) -> dict[str, Any]:
 
     Reports made before, which `choice` may name, are drawn beside what is measured now.
     """
-    from benchmarks.config import BenchmarkConfig
     from benchmarks.measure import benchmark
     from benchmarks.render import write_report
     from benchmarks.report import read_reports
     from benchmarks.worker import Variant
     from compress.files import staged_directory
 
-    config: BenchmarkConfig = BenchmarkConfig.from_json({**choice.config, "seed": run.seed})
+    config = choice.benchmark(run.seed)
     earlier = read_reports(choice.earlier)
-    if choice.also and choice.baseline is None:
-        raise ConfigError(f"--also {choice.also[0]} is of a --baseline; name one")
     journal = out.parent / f"{out.name}.measuring"  # until the report is whole
     variants = [Variant(name, path, "onnx") for name, path in choice.bundles]
     with staged_directory(out, run.overwrite) as staging, tempfile.TemporaryDirectory() as folder:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from calib_data.errors import ConfigError, DataError
-from calib_data.readers import data_files
+from calib_data.readers import data_files, require_files
 from calib_data.sources import Examples, open_data
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -263,6 +263,22 @@ def test_a_whole_file_is_one_text(tmp_path: Path) -> None:
 
 def test_what_is_built_in_reads_no_files() -> None:
     assert data_files("pydoc:train") == data_files("hf:a/b:train") == []
+
+
+def test_files_are_asked_for_before_anything_is_read(write) -> None:
+    lines, images = write("a.txt", "one\n"), write("b.npz", b"")
+    require_files(f"{lines},pydoc,2*hf:a/b:train,whole:{lines}:test,{images}:train,{lines}+{lines}")
+    for spec in (
+        f"{lines}.txt",
+        f"whole:{lines}.txt",
+        f"3*{lines}.txt",
+        f"{lines}+gone.de",
+        "c.npz",
+    ):
+        with pytest.raises(DataError, match="is not a file; check the path"):
+            require_files(f"pydoc,{spec}")
+    with pytest.raises(DataError, match="pydocs:train is no data set I can open"):
+        require_files("pydocs:train")
 
 
 def test_sources_joined_by_commas_give_the_texts_of_all(write) -> None:

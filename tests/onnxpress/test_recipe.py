@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
 
-from calib_data.errors import ConfigError
+from calib_data.errors import ConfigError, OnnxPressError
 from onnxpress.cli import onnxpress_group
 from onnxpress.recipe import read_recipe
 from onnxpress.recipe_run import run_recipe
@@ -167,10 +167,34 @@ def test_a_setting_from_the_command_line_is_one_assignment(recipe_file: Path) ->
     assert "--set wants NAME=VALUE, got 'x'" in result.output
 
 
-def test_an_unknown_setting_is_named(recipe_file: Path, tmp_path: Path) -> None:
-    recipe_file.write_text(recipe_file.read_text().replace("round_to: 8", "round_two: 8"))
-    with pytest.raises(ConfigError, match="round_two"):
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        (
+            "{name: x, stage: distill, from: healed, data: TEXT, stepz: 2}",
+            "unknown setting 'stepz'",
+        ),
+        ("{name: x, stage: distill, from: healed, data: gone.txt}", "gone.txt is not a file"),
+        ("{name: x, stage: prune, from: healed, data: TEXT, heal: 2, warmup: 7}", "warmup"),
+        ("{name: x, stage: prune, from: healed, heads: 0.5}", "need --data"),
+        (
+            "{name: x, stage: finetune, from: healed, data: TEXT, eval: a.doc}",
+            "no data set I can open",
+        ),
+        ("{name: x, stage: quantize, from: healed, scheme: int9}", "int9"),
+        ("{name: x, stage: export, from: int8-checkpoint, dtype: fp8}", "fp8"),
+        ("{name: x, stage: report, bundles: [int8], shapes: [[0, 1]]}", "shape"),
+        ("{name: x, stage: report, bundles: [int8], also: [plain]}", "of a --baseline"),
+    ],
+)
+def test_a_mistake_in_the_last_step_is_found_before_the_first(
+    recipe_file: Path, tmp_path: Path, step: str, said: str
+) -> None:
+    last = step.replace("TEXT", str(tmp_path / "text.txt"))
+    recipe_file.write_text(f"{recipe_file.read_text()}  - {last}\n")
+    with pytest.raises(OnnxPressError, match=f"^step x: .*{said}"):
         run(recipe_file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_shipped_recipe_takes_a_users_own_encoder_and_texts(tmp_path: Path) -> None:
