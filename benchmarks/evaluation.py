@@ -94,7 +94,7 @@ class Evaluation:
                 trusted if subject is reference else Remembered(self._predict(subject, reference))
             )
             settings = self.settings
-            if apart := _reads_apart(subject.source, reference.source):
+            if apart := subject.reads_apart(reference):
                 settings = {**settings, "processor": subject.source.processor}
             for metric in self.metrics:
                 step(f"measuring {metric} of {subject.name}")
@@ -131,13 +131,6 @@ class Evaluation:
         if not subject.source.foreign:
             return subject.worker.predict
         return lambda batch: completed(subject.worker.predict(batch), batch, reference.source)
-
-
-def _reads_apart(source: Source, reference: Source) -> bool:
-    """Return whether a variant has a tokenizer of its own, as after pruning the vocabulary."""
-    if source.processor is None or not hasattr(source.processor, "get_vocab"):
-        return False
-    return bool(source.processor.get_vocab() != reference.processor.get_vocab())
 
 
 class _ReferenceLostError(Exception):

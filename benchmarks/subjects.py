@@ -51,6 +51,13 @@ class Subject:
         """Whether its timed outputs could be compared with the baseline's."""
         return any(timing.agreement is not None for timing in self.timings.values())
 
+    def reads_apart(self, reference: "Subject") -> bool:
+        """Return whether it has another tokenizer than the baseline, as after pruning the vocabulary."""
+        mine, theirs = self.source.processor, reference.source.processor
+        if not hasattr(mine, "get_vocab") or not hasattr(theirs, "get_vocab"):
+            return False
+        return bool(mine.get_vocab() != theirs.get_vocab())
+
     def weigh(self) -> None:
         """Take note of the memory that it has needed so far."""
         peak, held = self.attempt(self.worker.peak_memory), self.attempt(self.worker.device_memory)

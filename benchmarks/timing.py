@@ -175,7 +175,9 @@ def _check_outputs(subjects: Sequence[Subject], reference: Subject, workload: Wo
         if outputs is not None:
             wanted = name if name in outputs or not subject.source.foreign else None
             compare = same_tokens if generated else agreement
-            timing.agreement = subject.attempt(compare, outputs, expected, wanted)
+            # the same numbers are other words to a tokenizer of its own
+            theirs = None if subject.reads_apart(reference) else expected
+            timing.agreement = subject.attempt(compare, outputs, theirs, wanted)
     for subject in subjects:
         subject.timings[workload.label].outputs = {}
 
