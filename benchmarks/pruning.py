@@ -105,9 +105,10 @@ def _others(data: Path) -> Iterator[Row]:
     images = ("--data", "OUT/subjects/vit/mnist.npz:train", "--batch-size", "64")
     vision = ("compress", "prune", "OUT/subjects/vit/model", *images, "--speedup", "2.0")
     yield Row("vit/2.0", "vit", ((*vision, "--shape", "8x1", "--heal", "3000"),))
-    own = ("--data", "OUT/subjects/stories/calibration.jsonl", "--max-length", "256")
+    own = ("--data", "OUT/subjects/stories/healing.jsonl", "--max-length", "256", "--pack")
     stories = ("compress", "prune", "MODELS/stories260K", *own, "--heads", "0", "--ffn", "0.2")
-    yield Row("stories/ffn-20", "stories", ((*stories, "--pack", "--heal", "400"),))
+    healed = (*stories, "--heal", "1200", "--temperature", "1", "--lr", "1e-3")
+    yield Row("stories/ffn-20", "stories", (healed,))
 
 
 # --- running -------------------------------------------------------------------------------------
