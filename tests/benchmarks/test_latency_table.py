@@ -104,6 +104,26 @@ def test_a_table_is_measured_once(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_table_of_another_state_of_the_machine_is_measured_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, over = tiny_checkpoint("bert"), Conditions(over="pytorch")
+
+    def table(slower: float) -> tuple[LatencyTable, list[str]]:
+        monkeypatch.setattr(
+            CountingYardstick, "real", staticmethod(lambda relative: slower * relative)
+        )
+        yardstick = CountingYardstick(checkpoint, over)
+        return latency_table(checkpoint, yardstick, tmp_path), yardstick.asked
+
+    first, _ = table(0.1)
+    assert table(0.105) == (first, ["whole"])
+    second, asked = table(0.14)
+    assert second.relative == pytest.approx(0.14)
+    assert len(asked) > 3
+    assert table(0.14) == (second, ["whole"])  # and kept instead
+
+
 def test_a_table_that_is_broken_or_old_is_measured_anew(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint("bert")
     first = table_of(checkpoint, tmp_path)
