@@ -56,9 +56,9 @@ def run_recipe(
 
 def _prepared(recipe: Recipe, step: Step, out: Path, run: Run) -> Job:
     """Return what makes a step's result, all that can be checked beforehand being checked."""
-    try:
-        from calib_data.readers import require_files
+    from calib_data.readers import require_files
 
+    try:
         for spec in _specs(step, ("data", "eval", "vocab_from")):
             require_files(spec)
         return STAGES[step.stage].prepare(_resolve(recipe, step, out), run, recipe.origin)
