@@ -105,12 +105,13 @@ def _others(data: Path) -> Iterator[Row]:
     images = ("--data", "OUT/subjects/vit/mnist.npz:train", "--batch-size", "64")
     vision = ("compress", "prune", "OUT/subjects/vit/model", *images)
     # so small that most of its time is that of having a layer at all
-    faster = ("--speedup", "2.0", "--whole-layers", "--shape", "64x1", "--heal", "3000")
-    yield Row("vit/2.0", "vit", ((*vision, *faster),))
+    faster = ("--speedup", "2.0", "--whole-layers", "--shape", "64x1")
+    healed = ("--heal", "9000", "--lr", "1e-3")
+    yield Row("vit/2.0", "vit", ((*vision, *faster, *healed),))
     own = ("--data", "OUT/subjects/stories/healing.jsonl", "--max-length", "256", "--pack")
     stories = ("compress", "prune", "MODELS/stories260K", *own, "--heads", "0", "--ffn", "0.2")
-    healed = (*stories, "--heal", "1200", "--temperature", "1", "--lr", "1e-3")
-    yield Row("stories/ffn-20", "stories", (healed,))
+    taught = ("--heal", "1200", "--temperature", "1", "--lr", "1e-3")
+    yield Row("stories/ffn-20", "stories", ((*stories, *taught),))
 
 
 # --- running -------------------------------------------------------------------------------------
