@@ -130,7 +130,7 @@ class Places:
         """Return a command with the folders in it."""
         named = {"OUT": self.out, "TRAINED": self.trained, "MODELS": self.models}
         pattern = (
-            rf"(^|,|\*)({'|'.join(named)})/"  # at the start of a path, of several joined by commas
+            rf"(^|,)({'|'.join(named)})/"  # at the start of a path, of several joined by commas
         )
         return [re.sub(pattern, lambda m: f"{m[1]}{named[m[2]]}/", word) for word in words]
 

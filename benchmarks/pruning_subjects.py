@@ -59,21 +59,20 @@ def mixed(data: Path, evened: bool = False) -> tuple[str, ...]:
     `evened` takes small corpora several times, half of all texts being of SST-2 otherwise, and adds
     docstrings, for there are few sentences of documentation.
     """
-    parts = [
-        (1, f"{data}/stsb/train.csv", "sentence1,sentence2,_"),
-        (1, f"{data}/multi30k/train.en", ""),
-        (1, f"{data}/sst2/train.tsv", ""),
-        (3, "OUT/texts/agnews.train.tsv", "text,_"),
-        (6, "OUT/texts/wikitext2.train.txt", ""),
-        (4, "OUT/texts/trec.train.txt", ""),
-        (4, "pydoc:train", ""),
+    parts = [  # how often, how often if evened, what, and its columns
+        (1, 1, f"{data}/stsb/train.csv", "sentence1,sentence2,_"),
+        (1, 1, f"{data}/multi30k/train.en", ""),
+        (1, 1, f"{data}/sst2/train.tsv", ""),
+        (1, 3, "OUT/texts/agnews.train.tsv", "text,_"),
+        (1, 6, "OUT/texts/wikitext2.train.txt", ""),
+        (1, 4, "OUT/texts/trec.train.txt", ""),
+        (1, 4, "pydoc:train", ""),
+        (0, 1, "docstrings:train", ""),
     ]
-    texts = ",".join(
-        f"{times}*{spec}" if evened and times > 1 else spec for times, spec, _ in parts
-    )
-    columns = ";".join(own for _, _, own in parts)
-    if evened:
-        texts, columns = f"{texts},docstrings:train", f"{columns};"
+    taken = [(more if evened else once, spec, own) for once, more, spec, own in parts]
+    taken = [(times, spec, own) for times, spec, own in taken if times]
+    texts = ",".join(spec if times == 1 else f"{times}*{spec}" for times, spec, _ in taken)
+    columns = ";".join(own for *_, own in taken)
     return "--data", texts, "--columns", columns, "--max-length", "64"
 
 

@@ -12,6 +12,8 @@ import numpy as np
 from calib_data.errors import DataError
 
 SPLITS = ("train", "test")
+# folders of the library: what was installed, tests, and packages that not every Python has
+_LEFT_OUT = {"site-packages", "test", "tests", "lib2to3", "idlelib"}
 SHORTEST, LONGEST = 20, 400  # characters of a sentence worth encoding
 
 _BULLET = re.compile(r"^\s*(?:[*+-]|\d+\.|\[\d+\])\s+")
@@ -47,7 +49,7 @@ def docstrings(split: str | None = None) -> list[str]:
 def _docstrings(library: Path) -> Iterator[str]:
     """Yield every docstring in the modules below a folder, without tests and what was installed."""
     for path in sorted(library.rglob("*.py")):
-        if {"site-packages", "test", "tests", "lib2to3", "idlelib"} & {*path.parts}:
+        if _LEFT_OUT & {*path.parts}:
             continue
         try:
             tree = ast.parse(path.read_bytes())

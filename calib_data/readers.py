@@ -95,7 +95,7 @@ def require_files(spec: str) -> None:
     """Raise `DataError` unless `spec` is of a known kind and its files are there; open none."""
     for part in parts_of(spec):
         for path in _named_files(part.spec):
-            if not part.spec.startswith("whole:"):
+            if not _WHOLE.fullmatch(part.spec) and not _NPZ.fullmatch(part.spec):
                 _kind_of(path)
             _require_file(path)
 
@@ -121,7 +121,7 @@ def _kind_of(path: Path) -> str:
     suffix = path.suffix.lower()
     if suffix in (".text", ".txt") or re.fullmatch(r"\.[a-z]{2}", suffix):
         return ""
-    if suffix not in {**_READERS, **TABLES, ".npz": None}:
+    if suffix not in {**_READERS, **TABLES}:
         raise DataError(f"{path} is no data set I can open; I open {SUPPORTED}")
     return suffix
 

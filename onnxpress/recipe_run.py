@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from calib_data.errors import DestinationError, OnnxPressError
+from calib_data.errors import ConfigError, DestinationError, OnnxPressError
 from compress.files import destination_errors, sha256_directory, sha256_file, write_json
 from compress.train_log import LOG
 from onnxpress.recipe import SOURCE, Recipe, Step
@@ -22,7 +22,8 @@ from onnxpress.recipe_stages import STAGES, Job, Stage
 from onnxpress.stages import Run
 
 _STATE = ".onnxpress"
-_DATA = ("data", "eval", "plan", "vocab_from", "keep_tokens")  # settings that name files
+# settings that name what is read: data sets, and other files
+_DATA, _FILES = ("data", "eval", "traffic", "vocab_from"), ("plan", "keep_tokens")
 _LAYERS = ("calib_data", "compress", "export", "benchmarks", "onnxpress")
 
 
@@ -59,8 +60,11 @@ def _prepared(recipe: Recipe, step: Step, out: Path, run: Run) -> Job:
     from calib_data.readers import require_files
 
     try:
-        for spec in _specs(step, ("data", "eval", "vocab_from")):
+        for spec in _specs(step, _DATA):
             require_files(spec)
+        for name in _specs(step, _FILES):
+            if not Path(name).is_file():
+                raise ConfigError(f"{name} is not a file; check the path (now in {Path.cwd()})")
         return STAGES[step.stage].prepare(_resolve(recipe, step, out), run, recipe.origin)
     except OnnxPressError as error:
         raise type(error)(f"step {step.name}: {error}") from error
@@ -118,7 +122,7 @@ def _key(step: Step, stage: Stage, seed: int, inputs: list[str]) -> str:
         "settings": step.settings,
         "seed": seed,
         "inputs": inputs,
-        "data": [_hash_data(spec) for spec in _specs(step, _DATA)],
+        "data": [_hash_data(spec) for spec in _specs(step, _DATA + _FILES)],
         "code": _code_version(stage.layers),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

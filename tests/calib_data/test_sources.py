@@ -277,8 +277,10 @@ def test_files_are_asked_for_before_anything_is_read(write) -> None:
     ):
         with pytest.raises(DataError, match="is not a file; check the path"):
             require_files(f"pydoc,{spec}")
-    with pytest.raises(DataError, match="pydocs:train is no data set I can open"):
-        require_files("pydocs:train")
+    for spec in ("pydocs:train", write("shouted.NPZ", b"")):
+        for opens in (require_files, open_data):
+            with pytest.raises(DataError, match="is no data set I can open"):
+                opens(spec)
 
 
 def test_sources_joined_by_commas_give_the_texts_of_all(write) -> None:

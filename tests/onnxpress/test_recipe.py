@@ -178,12 +178,17 @@ def test_a_setting_from_the_command_line_is_one_assignment(recipe_file: Path) ->
         ("{name: x, stage: prune, from: healed, data: TEXT, heal: 2, warmup: 7}", "warmup"),
         ("{name: x, stage: prune, from: healed, heads: 0.5}", "need --data"),
         (
+            "{name: x, stage: prune, from: healed, data: TEXT, plan: gone.json}",
+            "gone.json is not a",
+        ),
+        (
             "{name: x, stage: finetune, from: healed, data: TEXT, eval: a.doc}",
             "no data set I can open",
         ),
         ("{name: x, stage: quantize, from: healed, scheme: int9}", "int9"),
         ("{name: x, stage: export, from: int8-checkpoint, dtype: fp8}", "fp8"),
         ("{name: x, stage: report, bundles: [int8], shapes: [[0, 1]]}", "shape"),
+        ("{name: x, stage: report, bundles: [int8], traffic: gone.txt}", "gone.txt is not a file"),
         ("{name: x, stage: report, bundles: [int8], also: [plain]}", "of a --baseline"),
     ],
 )
