@@ -2,8 +2,8 @@
 
     python -m benchmarks.pruning DATA MODELS -o OUT [--trained DIR] [--only PREFIX]
 
-DATA and MODELS are folders with the data sets and the models that are named below. Each row is one or
-several commands of `onnxpress`, whose results lie in OUT: what is finished is not run again, what was
+DATA and MODELS are folders with the data sets and the models that are named below. Each row is a
+command of `onnxpress`, whose result lies in OUT: what is finished is not run again, what was
 killed goes on, what fails is a row with its reason. Hours on two cores; `--only` runs and tells the rows
 whose name begins so. The classifier is that of `benchmarks.distillation`, trained here unless --trained
 names where that has run. The rows of `sweep` are drawn as accuracy against latency in OUT/sweep.
@@ -38,7 +38,7 @@ class Row:
 
     name: str
     subject: str
-    commands: tuple[tuple[str, ...], ...]  # the last one writes the result; `OUT/` names others'
+    command: tuple[str, ...]  # without its `-o`; `OUT/` begins the place of another row's result
     goal: float | None = None  # of the subject's metric; where less is better, at most
     minutes: float | None = None  # that it may take
 
@@ -55,22 +55,22 @@ def _sentences(data: Path) -> Iterator[Row]:
     """The sentence encoder, faster by a stated factor."""
     prune = ("compress", "prune", MINILM, *pruning_subjects.mixed(data), *SHAPE)
     whole = ("export", "onnx", MINILM)
-    yield Row("minilm/float.onnx", "minilm", (whole,))
-    yield Row("minilm/1.5-untrained", "minilm", ((*prune, "--speedup", "1.5"),), 86.0, 3)
+    yield Row("minilm/float.onnx", "minilm", whole)
+    yield Row("minilm/1.5-untrained", "minilm", (*prune, "--speedup", "1.5"), 86.0, 3)
     for speed, steps, goal, minutes in (
         ("1.5", "1000", 86.6, 10), ("2.5", "7200", 86.4, 40), ("4.0", "12000", 85.5, 60),
     ):  # fmt: skip
         healed = (*prune, "--speedup", speed, "--heal", steps, *HALF)
-        yield Row(f"minilm/{speed}-healed", "minilm", (healed,), goal, minutes)
-    rounds = ("--schedule", "iterative", "--rounds", "3", "--heal", "1200")
-    yield Row("minilm/2.5-rounds", "minilm", ((*prune, "--speedup", "2.5", *rounds),))
+        yield Row(f"minilm/{speed}-healed", "minilm", healed, goal, minutes)
+    rounds = ("--schedule", "iterative", "--rounds", "3", "--heal", "2400", *HALF)
+    yield Row("minilm/2.5-rounds", "minilm", (*prune, "--speedup", "2.5", *rounds))
     plain = (*prune, "--speedup", "1.5", "--no-reconstruct")
-    yield Row("minilm/1.5-unreconstructed", "minilm", (plain,))
+    yield Row("minilm/1.5-unreconstructed", "minilm", plain)
     for factor in SWEEP:
         short = (*prune, "--speedup", f"{factor:g}", "--heal", "400", *HALF)
         small = f"OUT/sweep/{factor:g}"
-        yield Row(f"sweep/{factor:g}", "minilm", (short,))
-        yield Row(f"sweep/{factor:g}.onnx", "minilm", (("export", "onnx", small),))
+        yield Row(f"sweep/{factor:g}", "minilm", short)
+        yield Row(f"sweep/{factor:g}.onnx", "minilm", ("export", "onnx", small))
 
 
 def _criteria(data: Path) -> Iterator[Row]:
@@ -81,19 +81,25 @@ def _criteria(data: Path) -> Iterator[Row]:
         for seed in SEEDS:
             line = (*prune, *shares, "--criterion", criterion, "--seed", str(seed))
             healed = (*line, "--heal", "300", *HALF)
-            yield Row(f"criteria/{criterion}-untrained-{seed}", "minilm", (line,))
-            yield Row(f"criteria/{criterion}-{seed}", "minilm", (healed,))
+            yield Row(f"criteria/{criterion}-untrained-{seed}", "minilm", line)
+            yield Row(f"criteria/{criterion}-{seed}", "minilm", healed)
 
 
 def _besides(data: Path) -> Iterator[Row]:
     """Single weights and tokens."""
     prune = ("compress", "prune", MINILM)
     mixed = pruning_subjects.mixed(data)
-    yield Row("sparse/0.5", "minilm", ((*prune, *mixed, "--sparsity", "0.5"),), 85.5)
-    yield Row("sparse/2-4", "minilm", ((*prune, *mixed, "--sparsity", "2:4"),), 84.5)
+    yield Row("sparse/0.5", "minilm", (*prune, *mixed, "--sparsity", "0.5"), 85.5)
+    yield Row("sparse/2-4", "minilm", (*prune, *mixed, "--sparsity", "2:4"), 84.5)
     tokens = f"{data}/stsb/train.csv,{data}/sst2/train.tsv,{data}/multi30k/train.en,pydoc"
     columns = ("--vocab-columns", "sentence1,sentence2,_;;;")
-    yield Row("vocabulary", "minilm", ((*prune, "--vocab-from", tokens, *columns),), 86.52)
+    for count in ("1", "5"):
+        fewer = (*prune, "--vocab-from", tokens, *columns, "--vocab-min-count", count)
+        yield Row(f"vocabulary/{count}", "minilm", fewer, 86.52)
+        pair = ("--teacher", MINILM, "--student", f"OUT/vocabulary/{count}")
+        taught = ("--losses", "embedding", "--steps", "1000", "--lr", "1e-4", *HALF)
+        healed = ("compress", "distill", *pair, *mixed, *taught)
+        yield Row(f"vocabulary/{count}-healed", "minilm", healed, 86.52)
 
 
 def _others(data: Path) -> Iterator[Row]:
@@ -101,17 +107,17 @@ def _others(data: Path) -> Iterator[Row]:
     texts = ("--data", f"{data}/sst2/train.tsv", "--max-length", "64")
     for speed, steps in (("1.5", "1500"), ("2.0", "2500")):
         classifier = ("compress", "prune", "TRAINED/sst2/full", *texts, "--speedup", speed, *SHAPE)
-        yield Row(f"sst2/{speed}", "sst2", ((*classifier, "--heal", steps, *HALF),))
+        yield Row(f"sst2/{speed}", "sst2", (*classifier, "--heal", steps, *HALF))
     images = ("--data", "OUT/subjects/vit/mnist.npz:train", "--batch-size", "64")
     vision = ("compress", "prune", "OUT/subjects/vit/model", *images)
     # so small that most of its time is that of having a layer at all
     faster = ("--speedup", "2.0", "--whole-layers", "--shape", "64x1")
     healed = ("--heal", "9000", "--lr", "1e-3")
-    yield Row("vit/2.0", "vit", ((*vision, *faster, *healed),))
+    yield Row("vit/2.0", "vit", (*vision, *faster, *healed))
     own = ("--data", "OUT/subjects/stories/healing.jsonl", "--max-length", "256", "--pack")
     stories = ("compress", "prune", "MODELS/stories260K", *own, "--heads", "0", "--ffn", "0.2")
     taught = ("--heal", "1200", "--temperature", "1", "--lr", "1e-3")
-    yield Row("stories/ffn-20", "stories", ((*stories, *taught),))
+    yield Row("stories/ffn-20", "stories", (*stories, *taught))
 
 
 # --- running -------------------------------------------------------------------------------------
@@ -147,19 +153,18 @@ def run(row: Row, places: Places) -> str | None:
     target.parent.mkdir(parents=True, exist_ok=True)
     places.subject(row.subject).prepare()
     clock = target.with_name(f"{target.name}.seconds")
-    for words in row.commands:
-        goes_on = ("--resume",) if words[1] == "prune" else ()
-        line = [*places.filled(words), *goes_on, "-o", str(target)]
-        started = time.monotonic()
-        command = [sys.executable, "-m", "onnxpress", *line]
-        done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
-        spent = float(clock.read_text()) if clock.is_file() else 0.0  # of a run that was killed
-        clock.write_text(f"{spent + time.monotonic() - started:.1f}\n")
-        # 6: a speed that was missed, with the result there; the table tells which it is
-        if done.returncode not in (0, 6):
-            last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-            return f"exit code {done.returncode}: {last.removeprefix('Error: ')}"
-    return None
+    goes_on = ("--resume",) if row.command[0] == "compress" else ()
+    line = [*places.filled(row.command), *goes_on, "-o", str(target)]
+    started = time.monotonic()
+    command = [sys.executable, "-m", "onnxpress", *line]
+    done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+    spent = float(clock.read_text()) if clock.is_file() else 0.0  # of a run that was killed
+    clock.write_text(f"{spent + time.monotonic() - started:.1f}\n")
+    # 6: a speed that was missed, with the result there; the table tells which it is
+    if done.returncode in (0, 6):
+        return None
+    last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    return f"exit code {done.returncode}: {last.removeprefix('Error: ')}"
 
 
 def figures(row: Row, places: Places) -> dict[str, Any]:
@@ -175,7 +180,7 @@ def figures(row: Row, places: Places) -> dict[str, Any]:
     found = {
         "speedup": (stages[-1].get("measured") or {}).get("speedup") if stages else None,
         "minutes": float(clock.read_text()) / 60 if clock.is_file() else None,
-        "bytes": (target / "model.safetensors").stat().st_size,
+        "bytes": sum(file.stat().st_size for file in target.rglob("*") if file.is_file()),
         "metrics": pruning_subjects.judge(places.subject(row.subject), str(target)),
     }
     record.write_text(json.dumps(found, indent=1) + "\n")
@@ -189,8 +194,8 @@ def table(
     chosen: Sequence[Row], found: Mapping[str, Mapping[str, Any]], failed: Mapping[str, str]
 ) -> Iterator[str]:
     """Yield the lines of a Markdown table; seeds of one thing are one line."""
-    yield "| row | speed | minutes | metric | goal | rank fidelity, held out |"
-    yield "|---|---|---|---|---|---|"
+    yield "| row | speed | MB | minutes | metric | goal | rank fidelity, held out |"
+    yield "|---|---|---|---|---|---|---|"
     groups: dict[str, list[Row]] = {}
     for row in chosen:
         name, _, seed = row.name.rpartition("-")
@@ -201,7 +206,7 @@ def table(
         why = next((failed[row.name] for row in members if row.name in failed), None)
         if not done:
             if why is not None:
-                yield f"| {name} | | | {why} | | |"
+                yield f"| {name} | | | | {why} | | |"
             continue
         yield _line(name, members[0], done)
 
@@ -225,7 +230,8 @@ def _line(name: str, row: Row, done: Sequence[Mapping[str, Any]]) -> str:
         f"{other} {_mean([each['metrics'][other] for each in done])}" for other in others
     )
     speed = f"{_mean(speeds)} ×" if speeds else ""
-    return f"| {name} | {speed} | {taken} | {figure} | {goal} | {told} |"
+    size = f"{statistics.mean(each['bytes'] for each in done) / 1e6:.1f}"
+    return f"| {name} | {speed} | {size} | {taken} | {figure} | {goal} | {told} |"
 
 
 def _mean(values: Sequence[float]) -> str:
