@@ -7,15 +7,16 @@ outputs: number ≈ (value − zero point) × scale, with values in 0 … 15.
 import torch
 from torch import Tensor, nn
 
+from compress.quantize_config import EMBEDDING_BLOCK_SIZES
 from compress.weight_only import dequantize_blocks, quantize_blocks
 
 BITS = 4
-_SIZES = (128, 64, 32, 16)  # numbers that share a scale, the fewest bytes first
 
 
-def block_size(width: int) -> int | None:
-    """Return the size of blocks that fill rows of `width` numbers; None where none of them does."""
-    return next((size for size in _SIZES if width % size == 0), None)
+def block_size(width: int, at_most: int) -> int | None:
+    """Return the largest size of blocks that fill rows of `width` numbers; None where none does."""
+    fitting = (size for size in EMBEDDING_BLOCK_SIZES if size <= at_most and width % size == 0)
+    return max(fitting, default=None)
 
 
 @torch.library.custom_op("onnxpress::gather_blocks", mutates_args=())

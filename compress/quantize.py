@@ -28,7 +28,12 @@ from compress.patches import (
     unfold_patches_,
 )
 from compress.patterns import check_pattern
-from compress.quantize_config import EMBEDDING_BITS, SCHEME_SETTINGS, QuantizeConfig
+from compress.quantize_config import (
+    EMBEDDING_BITS,
+    EMBEDDING_BLOCK_SIZES,
+    SCHEME_SETTINGS,
+    QuantizeConfig,
+)
 from compress.saturation import NOTE, saturates
 from compress.smoothing import smoothed
 from compress.static_int8 import StaticInt8Linear
@@ -50,6 +55,7 @@ SCHEMES = {
     "static": Scheme(StaticInt8Linear, ("activations", "per_channel")),
     "weight-only": Scheme(WeightOnlyLinear, ("bits", "block_size")),
 }
+_TABLES_BEFORE = {"embedding_bits": 8, "embedding_block_size": 128}  # as Scheme's
 
 
 @dataclass(frozen=True)
@@ -181,6 +187,8 @@ def quantize_only(
     settings = config.to_json()
     chosen = {name: settings[name] for name in SCHEMES[config.scheme].shape}
     tables = {"embedding_bits": config.embedding_bits}
+    if config.embedding_block_size is not None:
+        tables["embedding_block_size"] = config.embedding_block_size
     quantization = {"scheme": config.scheme, **chosen, **tables, "modules": list(names)}
     inputs = prepared.calibration.inputs if prepared.calibration else {}
     for name in quantization["modules"]:
@@ -203,17 +211,16 @@ def quantized_skeleton_(model: nn.Module, quantization: Mapping[str, Any]) -> No
             f"this version knows {', '.join(SCHEMES)}"
         )
     scheme = SCHEMES[quantization["scheme"]]
-    quantization = {**scheme.before, **quantization}
-    for name in scheme.shape:
-        known = SCHEME_SETTINGS[quantization["scheme"]][name]
+    quantization = {**_TABLES_BEFORE, **scheme.before, **quantization}
+    own = SCHEME_SETTINGS[quantization["scheme"]]
+    choices = {name: own[name] for name in scheme.shape}
+    choices |= {"embedding_bits": EMBEDDING_BITS, "embedding_block_size": EMBEDDING_BLOCK_SIZES}
+    for name, known in choices.items():
         if quantization.get(name) not in known:
             raise ModelError(
                 f"the manifest names {name} {quantization.get(name)}; "
                 f"this version knows {', '.join(map(str, known))}"
             )
-    bits = quantization.get("embedding_bits", EMBEDDING_BITS[0])
-    if bits not in EMBEDDING_BITS:
-        raise ModelError(f"the manifest names embedding_bits {bits}; this version knows 8 and 4")
     for name in quantization.get("modules") or ():
         try:
             unfold_patches_(model, name)
@@ -292,7 +299,9 @@ def _replace_(model: nn.Module, name: str, module: nn.Module) -> None:
 def _empty(source: Any, quantization: Mapping[str, Any]) -> nn.Module:
     if isinstance(source, nn.Embedding):
         shape = (source.num_embeddings, source.embedding_dim, source.padding_idx)
-        size = block_size(source.embedding_dim) if quantization.get("embedding_bits") == 4 else None
+        size = None
+        if quantization["embedding_bits"] == 4:
+            size = block_size(source.embedding_dim, quantization["embedding_block_size"])
         return Int8Embedding(*shape) if size is None else PackedEmbedding(*shape, size)
     scheme = SCHEMES[quantization["scheme"]]
     settings = {name: quantization[name] for name in scheme.shape}

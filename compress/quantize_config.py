@@ -20,6 +20,7 @@ SCHEME_SETTINGS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
 }
 ROUNDINGS = ("nearest", "gptq")
 EMBEDDING_BITS = (8, 4)
+EMBEDDING_BLOCK_SIZES = (32, 16, 64, 128)
 # what a graph is shaped for → the schemes that are of use there
 TARGET_SCHEMES: Mapping[str, tuple[str, ...]] = {
     "cpu": tuple(SCHEME_SETTINGS),
@@ -45,6 +46,9 @@ class QuantizeConfig(StageConfig):
     bias_correction: bool = False  # take the mean error of a layer's weights out of its bias
     rounding: str = "nearest"  # or gptq: each weight makes up for the errors of those before it
     embedding_bits: int = 8  # of each number in an embedding table: 8, or 4 in blocks
+    embedding_block_size: int | None = (
+        None  # of 4 bits: numbers of a row that share a scale, at most
+    )
     target: str = "cpu"  # where it is to run, which not every scheme can: cpu, cuda or portable
 
     def __post_init__(self) -> None:
@@ -68,6 +72,14 @@ class QuantizeConfig(StageConfig):
         require(0 <= self.smooth <= 1, f"--smooth must be in [0, 1], got {self.smooth}")
         one_of("--rounding", self.rounding, ROUNDINGS)
         one_of("--embedding-bits", self.embedding_bits, EMBEDDING_BITS)
+        if self.embedding_block_size is not None:
+            require(
+                self.embedding_bits == 4,
+                "--embedding-block-size is of tables of 4 bits; add --embedding-bits 4",
+            )
+            one_of("--embedding-block-size", self.embedding_block_size, EMBEDDING_BLOCK_SIZES)
+        elif self.embedding_bits == 4:
+            object.__setattr__(self, "embedding_block_size", EMBEDDING_BLOCK_SIZES[0])
 
     @property
     def needs_data(self) -> bool:

@@ -50,6 +50,11 @@ def scheme_options(command: Command) -> Command:
         help="Of each number in embedding tables; or 4, in blocks, half the bytes for little noise.",
     )  # fmt: skip
     @click.option(
+        "--embedding-block-size", type=int,
+        help="--embedding-bits 4: numbers of a row that share a scale, 16 to 128; fewer are nearer, "
+        "and take more bytes; default 32.",
+    )  # fmt: skip
+    @click.option(
         "--per-channel/--per-tensor", default=None,
         help="dynamic, static: a scale for each output of a layer (default), or one for all.",
     )  # fmt: skip

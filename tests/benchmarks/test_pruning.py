@@ -43,13 +43,13 @@ def test_seeds_are_one_line_and_failures_tell_why() -> None:
     ]
 
     def figures(value: float) -> dict:
-        metrics = {"STS-B dev": value, "trec": 0.5}
-        return {"speedup": 1.5, "minutes": 2.0, "bytes": 9e7, "metrics": metrics}
+        metrics = {"STS-B": value, "trec": 0.5}
+        return {"speedup": 1.5, "minutes": 2.0, "bytes": 9e6, "metrics": metrics}
 
     found = {row.name: figures(85 + i) for i, row in enumerate(chosen[:3])}
     assert list(table(chosen, found, {"vit/2.0": "exit code 4: no"}))[2:] == [
-        "| minilm/1.5-untrained | 1.50 × | 90.0 | 2.0 of 3 | STS-B dev 85.00 | ≥ 86: **missed** | trec 0.50 |",
-        "| criteria/fisher | 1.50 × | 90.0 | 2.0 | STS-B dev 86.50 ± 0.71 (2 seeds) |  | trec 0.50 |",
+        "| minilm/1.5-untrained | 1.50 × | 9.0 | 2.0 of 3 | STS-B 85.00 | ≥ 86: **missed** | trec 0.50 |",
+        "| criteria/fisher | 1.50 × | 9.0 | 2.0 | STS-B 86.50 ± 0.71 (2 seeds) |  | trec 0.50 |",
         "| vit/2.0 | | | | exit code 4: no | | |",
     ]
 

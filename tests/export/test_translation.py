@@ -85,7 +85,7 @@ def test_embedding_equals_the_module() -> None:
 @pytest.mark.parametrize("width", [48, 256])  # three blocks, whose zero points end within a byte
 def test_packed_embedding_equals_the_module(width: int, target: str) -> None:
     torch.manual_seed(0)
-    size = block_size(width)
+    size = block_size(width, 128)
     assert size is not None
     module = PackedEmbedding(11, width, None, size)
     module.quantize_(torch.randn(11, width) + 0.3)
