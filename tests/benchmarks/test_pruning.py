@@ -35,7 +35,7 @@ def test_places_are_filled_in() -> None:
 
 def test_seeds_are_one_line_and_failures_tell_why() -> None:
     chosen = [
-        Row("minilm/1.5-untrained", "minilm", (), 86.0, 3),
+        Row("minilm/1.5-plain", "minilm", (), 86.0, 3),
         Row("criteria/fisher-0", "minilm", ()),
         Row("criteria/fisher-1", "minilm", ()),
         Row("vit/2.0", "vit", ()),
@@ -48,7 +48,7 @@ def test_seeds_are_one_line_and_failures_tell_why() -> None:
 
     found = {row.name: figures(85 + i) for i, row in enumerate(chosen[:3])}
     assert list(table(chosen, found, {"vit/2.0": "exit code 4: no"}))[2:] == [
-        "| minilm/1.5-untrained | 1.50 × | 9.0 | 2.0 of 3 | STS-B 85.00 | ≥ 86: **missed** | trec 0.50 |",
+        "| minilm/1.5-plain | 1.50 × | 9.0 | 2.0 of 3 | STS-B 85.00 | ≥ 86: **missed** | trec 0.50 |",
         "| criteria/fisher | 1.50 × | 9.0 | 2.0 | STS-B 86.50 ± 0.71 (2 seeds) |  | trec 0.50 |",
         "| vit/2.0 | | | | exit code 4: no | | |",
     ]
