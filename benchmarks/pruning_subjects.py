@@ -56,23 +56,23 @@ def subject(name: str, data: Path, models: Path, out: Path, trained: Path) -> Su
 def mixed(data: Path, evened: bool = False) -> tuple[str, ...]:
     """Return the options that read unlabelled sentences of several domains, without what judges.
 
-    `evened` takes small corpora several times, half of all texts being of SST-2 otherwise, and adds
-    docstrings, for there are few sentences of documentation.
+    `evened` takes small corpora several times, altered, half of all texts being of SST-2 otherwise,
+    and adds docstrings, for there are few sentences of documentation.
     """
-    parts = [  # how often, how often if evened, what, and its columns
-        (1, 1, f"{data}/stsb/train.csv", "sentence1,sentence2,_"),
-        (1, 1, f"{data}/multi30k/train.en", ""),
-        (1, 1, f"{data}/sst2/train.tsv", ""),
-        (1, 3, "OUT/texts/agnews.train.tsv", "text,_"),
-        (1, 6, "OUT/texts/wikitext2.train.txt", ""),
-        (1, 4, "OUT/texts/trec.train.txt", ""),
-        (1, 4, "pydoc:train", ""),
-        (0, 1, "docstrings:train", ""),
+    parts = [  # how often if evened, what, and its columns
+        ("2~", f"{data}/stsb/train.csv", "sentence1,sentence2,_"),
+        ("2~", f"{data}/multi30k/train.en", ""),
+        ("", f"{data}/sst2/train.tsv", ""),
+        ("6~", "OUT/texts/agnews.train.tsv", "text,_"),
+        ("16~", "OUT/texts/wikitext2.train.txt", ""),
+        ("8~", "OUT/texts/trec.train.txt", ""),
+        ("10~", "pydoc:train", ""),
+        ("3~", "docstrings:train", ""),
     ]
-    taken = [(more if evened else once, spec, own) for once, more, spec, own in parts]
-    taken = [(times, spec, own) for times, spec, own in taken if times]
-    texts = ",".join(spec if times == 1 else f"{times}*{spec}" for times, spec, _ in taken)
-    columns = ";".join(own for *_, own in taken)
+    if not evened:
+        parts = [("", spec, own) for _, spec, own in parts[:-1]]
+    texts = ",".join(f"{times}{spec}" for times, spec, _ in parts)
+    columns = ";".join(own for *_, own in parts)
     return "--data", texts, "--columns", columns, "--max-length", "64"
 
 

@@ -24,7 +24,7 @@ SUPPORTED = (
 )
 TRAIN_SHARE = 0.9  # of the characters of whole:FILE:train; whole:FILE:test has the rest
 _BUILT_IN = re.compile(r"(pydoc|docstrings|digits)(:|$)")
-_TIMES = re.compile(r"(\d+)\*(.+)")
+_TIMES = re.compile(r"(\d+)([*~])(.+)")
 _NPZ = re.compile(r"(.+\.npz)(?::(\w+))?")
 _WHOLE = re.compile(r"whole:(.+?)(?::(train|test))?")
 # names of arrays in an .npz file, each followed by _SPLIT if there are several
@@ -72,6 +72,7 @@ class Part:
 
     spec: str
     times: int = 1
+    varied: bool = False  # altered from the second time on
 
 
 def parts_of(spec: str) -> list[Part]:
@@ -81,7 +82,8 @@ def parts_of(spec: str) -> list[Part]:
     found = []
     for part in map(str.strip, spec.split(",")):
         counted = None if Path(part).is_file() else _TIMES.fullmatch(part)
-        found.append(Part(counted[2], int(counted[1])) if counted else Part(part))
+        taken = Part(counted[3], int(counted[1]), counted[2] == "~") if counted else Part(part)
+        found.append(taken)
     return found
 
 

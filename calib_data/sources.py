@@ -15,6 +15,7 @@ import numpy as np
 
 from calib_data.errors import ConfigError, DataError
 from calib_data.readers import TABLES, Part, parts_of, read_table
+from calib_data.variation import varied
 
 ROLES = ("text", "text_pair", "label", "score", "image")
 ALIASES = {
@@ -97,7 +98,8 @@ def open_data(
 
     Several specs joined by commas, as in `a.txt,b.csv,pydoc`, give the texts of all, pairs as two,
     each text once; `columns` then has one part for each, joined by semicolons. `5*b.csv` takes the
-    texts of a small source five times, lest a large one drown it.
+    texts of a small source five times, lest a large one drown it; `5~b.csv` once, and four times
+    altered, lest they be learned by heart (see `calib_data.variation`).
 
     Raises DataError for data that cannot be read, lacks a usable column or is empty, and
     ConfigError for settings that make no sense.
@@ -147,6 +149,7 @@ def _mixture(parts: Sequence[Part], columns: str | None, spec: str) -> Examples:
             "with ; and leave those empty that need none, as in 'text,_;;text=body'"
         )
     times: dict[str, int] = {}  # of a text that several sources have, the most that one asks for
+    altered: list[str] = []
     for part, own in zip(parts, each):
         if part.times < 1:
             raise ConfigError(
@@ -158,12 +161,14 @@ def _mixture(parts: Sequence[Part], columns: str | None, spec: str) -> Examples:
             raise DataError(
                 f"{part.spec} has no text; only texts can be joined with commas, or taken several times"
             )
-        for text in (text for role in roles for text in examples.column(role)):
-            times[text] = max(times.get(text, 0), part.times)
+        texts = [text for role in roles for text in examples.column(role)]
+        for text in texts:
+            times[text] = max(times.get(text, 0), 1 if part.varied else part.times)
+        if part.varied:
+            altered += [varied(t, turn, texts) for turn in range(1, part.times) for t in texts]
     most = max(times.values())
-    return Examples(
-        _dataset({"text": [t for turn in range(most) for t, n in times.items() if n > turn]}), spec
-    )
+    taken = [text for turn in range(most) for text, n in times.items() if n > turn]
+    return Examples(_dataset({"text": [*taken, *altered]}), spec)
 
 
 def _choose(length: int, count: int | None, seed: int) -> list[int]:

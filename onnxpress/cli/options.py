@@ -123,7 +123,7 @@ DATA_HELP = (
     "train.jsonl, dev.csv, pairs.tsv, x.parquet, lines.txt, train.de+train.en, images.npz, "
     "whole:FILE[:train|:test], hf:NAME[/CONFIG]:SPLIT, pydoc[:train|:test], "
     "docstrings[:train|:test] or digits[:train|:test]; or the texts of several, joined by commas, "
-    "those of 5*SPEC five times."
+    "those of 5*SPEC five times, of 5~SPEC once and four times altered."
 )
 
 

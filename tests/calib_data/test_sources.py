@@ -309,6 +309,20 @@ def test_a_source_that_is_taken_several_times(write) -> None:
     assert len(open_data(f"2*{pairs},{small}", "sentence1,sentence2,score;")) == 6
 
 
+def test_a_source_that_is_varied_when_it_comes_again(write) -> None:
+    lines = [f"the {i} quick brown foxes jump over the lazy dog" for i in range(20)]
+    path, other = write("a.txt", "\n".join(lines)), write("b.txt", "one\ntwo\n")
+    found = open_data(f"3~{path},2*{other}").column("text")
+    assert found[:22] == [*lines, "one", "two"]
+    assert found[22:24] == ["one", "two"]
+    assert len(found) == 64
+    again = found[24:]
+    assert len({*again, *lines}) > 40
+    assert open_data(f"3~{path},2*{other}").column("text") == found
+    assert open_data(f"1~{path}").column("text") == lines
+    assert data_files(f"3~{path}") == [Path(path)]
+
+
 def test_a_source_that_is_taken_no_time_is_refused(write) -> None:
     path = write("a.txt", "one\n")
     with pytest.raises(ConfigError, match="0 times; leave it out"):
