@@ -245,6 +245,7 @@ def report(places: Places, names: Sequence[str]) -> None:
     whole = f"unpruned={places.out / 'minilm' / 'float.onnx'}"
     line = ["benchmark", "report", whole, *graphs, "--eval", f"{places.data}/stsb/dev.csv"]
     line += ["--columns", "sentence1,sentence2,score", "--shapes", "8x128", "--overwrite"]
+    line += ["--title", "all-MiniLM-L6-v2, pruned for speed"]
     command = [sys.executable, "-m", "onnxpress", *line, "-o", str(target)]
     subprocess.run(command, check=True, stdout=sys.stderr)
     print(f"{target / 'report.html'}")
