@@ -47,7 +47,7 @@ def scheme_options(command: Command) -> Command:
     )  # fmt: skip
     @click.option(
         "--embedding-bits", type=int, default=8, show_default=True,
-        help="Of each number in embedding tables; or 4, in blocks, half the bytes for little noise.",
+        help="Of each number in embedding tables; or 4, in blocks, for little noise.",
     )  # fmt: skip
     @click.option(
         "--embedding-block-size", type=int,

@@ -17,13 +17,11 @@ def test_a_turn_alters_a_text_in_the_same_way_always() -> None:
 def test_words_are_the_text_s_or_the_source_s() -> None:
     known = set(" ".join(SOURCE).split())
     for text in SOURCE:
-        own = shared = 0
+        shared = 0
         for turn in range(50):
             words = varied(text, turn, SOURCE).split()
             assert set(words) <= known
-            own += bool(words)
             shared += bool(set(words) & set(text.split()))
-        assert own == 50
         assert shared > 35
 
 
@@ -31,8 +29,6 @@ def test_a_long_text_may_begin_later() -> None:
     words = [str(i) for i in range(200)]
     first = [varied(" ".join(words), turn, ["x"]).split()[0] for turn in range(30)]
     assert len(set(first)) > 15
-    lengths = [len(varied(" ".join(words), turn, ["x"]).split()) for turn in range(30)]
-    assert min(lengths) > 0
 
 
 @pytest.mark.parametrize("text", ["yes", "是的", ""])
