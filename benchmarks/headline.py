@@ -12,12 +12,12 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks import pruning_subjects
+from benchmarks.clock import counted, seconds_spent
 from benchmarks.distillation import MINILM
 from benchmarks.quantizers import ORT, by_onnxruntime, exported_plainly
 from benchmarks.report import BenchmarkReport, VariantReport, read_report
@@ -152,14 +152,9 @@ def run(recipe: Recipe, out: Path) -> None:
     """Run a recipe until it is finished; the seconds that all its runs took are kept beside it."""
     settings = [f"--set={name}={value}" for name, value in recipe.variables.items()]
     path, target = RECIPES / f"{recipe.name}.yaml", out / recipe.name
-    started = time.monotonic()
     command = [sys.executable, "-m", "onnxpress", "run", str(path), *settings, "-o", str(target)]
-    clock = out / f"{recipe.name}.seconds"
-    spent = float(clock.read_text()) if clock.is_file() else 0.0  # of a run that was stopped
-    try:
+    with counted(target):
         failed = subprocess.run(command, stdout=sys.stderr).returncode
-    finally:
-        clock.write_text(f"{spent + time.monotonic() - started:.1f}\n")
     if failed:
         raise OnnxPressError(f"{path.name} did not finish; see above")
 
@@ -300,7 +295,8 @@ def _tell(recipe: Recipe, data: Path, out: Path, others: Mapping[str, Path]) -> 
     prepare(recipe, data, out)
     run(recipe, out)
     report = read_report(out / recipe.name / "report" / "report.json")
-    seconds = float((out / f"{recipe.name}.seconds").read_text())
+    seconds = seconds_spent(out / recipe.name)
+    assert seconds is not None, "run() counts them"
     print(f"\n## {recipe.name}\n")
     print("\n".join(table(recipe, report, seconds)), end="\n\n")
     if recipe.encoders:

@@ -15,13 +15,13 @@ import re
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks import pruning_subjects
+from benchmarks.clock import counted, seconds_spent
 from benchmarks.distillation import HALF
 from benchmarks.pruning_subjects import MINILM, Subject
 from calib_data.errors import OnnxPressError
@@ -152,14 +152,11 @@ def run(row: Row, places: Places) -> str | None:
         return None
     target.parent.mkdir(parents=True, exist_ok=True)
     places.subject(row.subject).prepare()
-    clock = target.with_name(f"{target.name}.seconds")
     goes_on = ("--resume",) if row.command[0] == "compress" else ()
     line = [*places.filled(row.command), *goes_on, "-o", str(target)]
-    started = time.monotonic()
     command = [sys.executable, "-m", "onnxpress", *line]
-    done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
-    spent = float(clock.read_text()) if clock.is_file() else 0.0  # of a run that was killed
-    clock.write_text(f"{spent + time.monotonic() - started:.1f}\n")
+    with counted(target):
+        done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
     # 6: a speed that was missed, with the result there; the table tells which it is
     if done.returncode in (0, 6):
         return None
@@ -176,10 +173,10 @@ def figures(row: Row, places: Places) -> dict[str, Any]:
         return known
     manifest = json.loads((target / "onnxpress.json").read_text())
     stages = [stage for stage in manifest["lineage"] if stage["stage"] == "prune"]
-    clock = target.with_name(f"{target.name}.seconds")
+    seconds = seconds_spent(target)
     found = {
         "speedup": (stages[-1].get("measured") or {}).get("speedup") if stages else None,
-        "minutes": float(clock.read_text()) / 60 if clock.is_file() else None,
+        "minutes": None if seconds is None else seconds / 60,
         "bytes": sum(file.stat().st_size for file in target.rglob("*") if file.is_file()),
         "metrics": pruning_subjects.judge(places.subject(row.subject), str(target)),
     }
