@@ -10,12 +10,13 @@ cores; `--only` runs and tells the jobs whose name begins so.
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from benchmarks.commands import run_command
+from calib_data.errors import OnnxPressError
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 SEEDS = (0, 1, 2)
@@ -124,15 +125,14 @@ def _characters(data: Path) -> Iterator[Job]:
 
 
 def run(job: Job, out: Path) -> None:
-    """Run a job that is not finished; its output goes to the terminal."""
+    """Run a job that is not finished; what it prints goes to stderr."""
     target = out / job.name
     if target.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     (out / "gpt.json").write_text(json.dumps(GPT))
     arguments = [argument.replace("OUT/", f"{out}/") for argument in job.arguments]
-    command = [sys.executable, "-m", "onnxpress", *arguments, "--resume", "-o", str(target)]
-    subprocess.run(command, check=True)
+    run_command([*arguments, "--resume", "-o", str(target)])
 
 
 def figures(out: Path, names: list[str]) -> dict[str, Mapping[str, Any]]:
@@ -180,8 +180,11 @@ def main() -> None:
     parser.add_argument("--only", default="", help="the jobs whose name begins so")
     given = parser.parse_args()
     chosen = [job for job in jobs(given.data) if job.name.startswith(given.only)]
-    for job in chosen:
-        run(job, given.out)
+    try:
+        for job in chosen:
+            run(job, given.out)
+    except OnnxPressError as error:
+        parser.exit(error.exit_code, f"Error: {error}\n")
     print("\n".join(table(figures(given.out, [job.name for job in chosen]))))
 
 

@@ -10,14 +10,13 @@ quantizer, and each --other), and judged by how they rank texts that no recipe h
 
 import argparse
 import json
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks import pruning_subjects
 from benchmarks.clock import counted, seconds_spent
+from benchmarks.commands import run_command
 from benchmarks.distillation import MINILM
 from benchmarks.quantizers import ORT, by_onnxruntime, exported_plainly
 from benchmarks.report import BenchmarkReport, VariantReport, read_report
@@ -152,11 +151,8 @@ def run(recipe: Recipe, out: Path) -> None:
     """Run a recipe until it is finished; the seconds that all its runs took are kept beside it."""
     settings = [f"--set={name}={value}" for name, value in recipe.variables.items()]
     path, target = RECIPES / f"{recipe.name}.yaml", out / recipe.name
-    command = [sys.executable, "-m", "onnxpress", "run", str(path), *settings, "-o", str(target)]
     with counted(target):
-        failed = subprocess.run(command, stdout=sys.stderr).returncode
-    if failed:
-        raise OnnxPressError(f"{path.name} did not finish; see above")
+        run_command(["run", str(path), *settings, "-o", str(target)])
 
 
 def compare(
@@ -179,8 +175,7 @@ def compare(
     judged = ["--eval", recipe.variables["eval"], "--columns", recipe.variables["eval_columns"]]
     titled = ["--title", "all-MiniLM-L6-v2 by this and by other tools"]
     line = ["benchmark", "report", *named, "--baseline", MINILM, *judged, *titled]
-    line += ["--overwrite", "-o", str(target)]
-    subprocess.run([sys.executable, "-m", "onnxpress", *line], check=True, stdout=sys.stderr)
+    run_command([*line, "--overwrite", "-o", str(target)])
     return read_report(found)
 
 

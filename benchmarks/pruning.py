@@ -13,8 +13,6 @@ import argparse
 import json
 import re
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 
 from benchmarks import pruning_subjects
 from benchmarks.clock import counted, seconds_spent
+from benchmarks.commands import failure_of, run_command
 from benchmarks.distillation import HALF
 from benchmarks.pruning_subjects import MINILM, Subject
 from calib_data.errors import OnnxPressError
@@ -153,15 +152,9 @@ def run(row: Row, places: Places) -> str | None:
     target.parent.mkdir(parents=True, exist_ok=True)
     places.subject(row.subject).prepare()
     goes_on = ("--resume",) if row.command[0] == "compress" else ()
-    line = [*places.filled(row.command), *goes_on, "-o", str(target)]
-    command = [sys.executable, "-m", "onnxpress", *line]
     with counted(target):
-        done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
-    # 6: a speed that was missed, with the result there; the table tells which it is
-    if done.returncode in (0, 6):
-        return None
-    last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-    return f"exit code {done.returncode}: {last.removeprefix('Error: ')}"
+        # 6: a speed that was missed, with the result there; the table tells which it is
+        return failure_of([*places.filled(row.command), *goes_on, "-o", str(target)], fine=(0, 6))
 
 
 def figures(row: Row, places: Places) -> dict[str, Any]:
@@ -243,8 +236,7 @@ def report(places: Places, names: Sequence[str]) -> None:
     line = ["benchmark", "report", whole, *graphs, "--eval", f"{places.data}/stsb/dev.csv"]
     line += ["--columns", "sentence1,sentence2,score", "--shapes", "8x128", "--overwrite"]
     line += ["--title", "all-MiniLM-L6-v2, pruned for speed"]
-    command = [sys.executable, "-m", "onnxpress", *line, "-o", str(target)]
-    subprocess.run(command, check=True, stdout=sys.stderr)
+    run_command([*line, "-o", str(target)])
     print(f"{target / 'report.html'}")
 
 

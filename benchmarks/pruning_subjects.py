@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks import quantization_subjects
 from benchmarks.distillation import MINILM
+from calib_data.errors import DataError
 
 __all__ = ["MINILM", "Subject", "judge", "mixed", "subject"]
 
@@ -116,11 +117,16 @@ def _write_more(prepare: Callable[[], None], folder: Path) -> None:
 def split_lines(
     source: Path, target: Path, encoding: str = "utf-8", skip_word: bool = False
 ) -> None:
-    """Write the lines of a file as TARGET.train and TARGET.test, the last tenth being the test."""
+    """Write the lines of a file as TARGET.train and TARGET.test, the last tenth being the test.
+
+    Raises `DataError` if there is no such file.
+    """
     suffix = source.suffix
     train, test = (target.with_name(f"{target.name}.{part}{suffix}") for part in ("train", "test"))
     if train.exists() and test.exists():
         return
+    if not source.is_file():
+        raise DataError(f"there is no {source}; name the folder that holds the data sets")
     target.parent.mkdir(parents=True, exist_ok=True)
     lines = [line for line in source.read_text(encoding).splitlines() if line.strip()]
     if skip_word:

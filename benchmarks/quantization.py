@@ -11,12 +11,11 @@ trained here (hours) unless --trained names where that has run.
 import argparse
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks.commands import failure_of
 from benchmarks.config import usable_cores
 from benchmarks.quantization_subjects import CALIBRATED, LOWER_IS_BETTER, SCHEMES, Subject, subjects
 from benchmarks.report import Environment
@@ -67,12 +66,7 @@ def run(target: Path, arguments: Sequence[str]) -> str | None:
     if target.exists():
         return None
     target.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "onnxpress", *arguments]
-    done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
-    if done.returncode == 0:
-        return None
-    last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-    return f"exit code {done.returncode}: {last.removeprefix('Error: ')}"
+    return failure_of(arguments)
 
 
 def measure(subject: Subject, evaluation: str, model: Path | str, runtime: str) -> float:

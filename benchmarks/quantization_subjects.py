@@ -1,8 +1,6 @@
 """The models whose quality int8 must keep, the data that judge them, and the bounds that are claimed."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import distillation
+from benchmarks.commands import output_of, run_command
 
 SCHEMES = {
     "dynamic": (),
@@ -203,7 +202,7 @@ def _write_stories(model: Path, folder: Path) -> None:
     bundle = folder / "float.onnx"
     if not bundle.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _onnxpress("export", "onnx", str(model), "-o", str(bundle))
+        run_command(["export", "onnx", str(model), "-o", str(bundle)])
     sampling = ("--temperature", "1")
     write_stories(bundle, folder / "greedy.jsonl", OPENINGS, ())
     write_stories(bundle, folder / "sampled.jsonl", OPENINGS * 4, (*sampling, "--seed", "0"))
@@ -218,7 +217,7 @@ def write_stories(
         return
     prompts = [word for opening in openings for word in ("--prompt", opening)]
     length = ("--max-new-tokens", str(NEW_TOKENS), "--json")
-    found = _onnxpress("export", "generate", str(bundle), *prompts, *length, *options)
+    found = output_of(["export", "generate", str(bundle), *prompts, *length, *options])
     texts = json.loads(found)["texts"]
     _write_texts(target, ["".join(pair) for pair in zip(openings, texts, strict=True)])
 
@@ -226,8 +225,3 @@ def write_stories(
 def _write_texts(target: Path, texts: list[str]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-
-
-def _onnxpress(*arguments: str) -> str:
-    command = [sys.executable, "-m", "onnxpress", *arguments]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout

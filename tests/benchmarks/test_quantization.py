@@ -129,13 +129,13 @@ def test_blocks_are_of_the_part_that_is_no_test(tmp_path: Path) -> None:
 
 
 def test_stories_begin_as_they_are_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[tuple[str, ...]] = []
+    said: list[list[str]] = []
 
-    def generate(*arguments: str) -> str:
+    def generate(arguments: list[str]) -> str:
         said.append(arguments)
         return json.dumps({"texts": [" and", " or"]})
 
-    monkeypatch.setattr(made, "_onnxpress", generate)
+    monkeypatch.setattr(made, "output_of", generate)
     for _ in range(2):
         made.write_stories(
             tmp_path / "b", tmp_path / "t.jsonl", ("a cat", "a dog"), ("--seed", "3")
