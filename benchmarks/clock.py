@@ -8,14 +8,9 @@ from pathlib import Path
 from types import FrameType
 
 
-def clock_of(target: Path) -> Path:
-    """Return the file, beside what is made, that keeps its seconds."""
-    return target.with_name(f"{target.name}.seconds")
-
-
 def seconds_spent(target: Path) -> float | None:
     """Return the seconds that making `target` took so far, None if nobody has counted."""
-    clock = clock_of(target)
+    clock = _clock_of(target)
     return float(clock.read_text()) if clock.is_file() else None
 
 
@@ -31,8 +26,13 @@ def counted(target: Path) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, former)
-        clock_of(target).write_text(f"{before + time.monotonic() - started:.1f}\n")
+        _clock_of(target).write_text(f"{before + time.monotonic() - started:.1f}\n")
 
 
 def _leave(number: int, _: FrameType | None) -> None:
     raise SystemExit(128 + number)
+
+
+def _clock_of(target: Path) -> Path:
+    # beside what is made
+    return target.with_name(f"{target.name}.seconds")
