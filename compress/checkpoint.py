@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from calib_data.batches import ImageShape
 from calib_data.errors import ConfigError, ModelError
 from compress.files import read_json, write_json
+from compress.fresh import unchanged
 from compress.sentence import SentenceEncoder, current_files
 from compress.signature import Signature, named_outputs
 from compress.tasks import CUSTOM, TASKS, Task
@@ -104,8 +105,8 @@ class Checkpoint:
         return named_outputs(self.module, inputs)
 
     def predict(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-        """Return the outputs for `batch` as float32 arrays by name."""
-        with torch.inference_mode():
+        """Return the outputs for `batch` as float32 arrays by name, as a fresh model gives them."""
+        with torch.inference_mode(), unchanged(self.module):
             outputs = self.forward(batch)
         return {name: value.float().cpu().numpy() for name, value in outputs.items()}
 

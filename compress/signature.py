@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from calib_data.errors import ConfigError, ModelError
+from compress.fresh import unchanged
 
 Kind = Literal["ids", "mask", "types", "positions", "pixels", "hidden", "past", "flag", "example"]
 
@@ -282,7 +283,7 @@ def transformer_signature(module: nn.Module, inner: nn.Module, processor: Any) -
 
 def with_outputs(signature: Signature, module: nn.Module) -> Signature:
     """Return `signature` with the output names that `module` gives on a short sample."""
-    with torch.no_grad():
+    with torch.no_grad(), unchanged(module):
         outputs = named_outputs(module, signature.sample(batch=2, sequence=4))
     fields = {**vars(signature), "outputs": tuple(outputs)}
     return Signature(**fields)

@@ -3,12 +3,13 @@
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from calib_data.embedded import pydoc_sentences
 from compress.checkpoint import Checkpoint, parameter_count
 from compress.signature import positions_from
 from compress.tokens import typed
+from export.precision import precision
 
 LONGEST = 512  # for models without a limit
 MOST = 4096  # tokens of one row: beyond, the reference alone would fill a machine
@@ -18,6 +19,8 @@ _TEXTS, _TEXT_TOKENS = 8, 64
 # tokens of all cases but the longest: 8 rows of 512, or fewer where a model has many weights
 _TOKENS = 8 * 512
 _PRODUCTS = 2e11  # tokens × weights
+_NUMBERS = 1 << 24  # of all outputs but the longest's: more where that is little beside the weights
+_LARGEST = 64  # tokens of the largest embeddings: these overflow first
 
 
 def parity_cases(
@@ -25,34 +28,71 @@ def parity_cases(
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Yield named inputs: batches, lengths with the longest, ragged padding, real text, caches.
 
-    With a cache there are prompts, steps and a chunk after several past lengths; `batched_chunks`
-    says whether the graph can append several tokens to a batch of caches at once.
+    With a cache there are prompts, steps and a chunk after several past lengths, and the longest case
+    is one token after all others; `batched_chunks` says whether the graph can append several tokens to
+    a batch of caches at once. Where every token gives many numbers there are fewer tokens, so that
+    what is compared stays small beside the model.
     """
     signature = part.signature
     if not signature.has_sequence:
         for seed, batch in enumerate(_BATCHES):
             yield f"batch {batch}", typed(part, signature.sample(batch, seed=seed))
         return
+    weights = max(parameter_count(part.module), 1)
+    per_token, per_past = _numbers(part)
+    numbers = max(_NUMBERS, weights // 8)
     longest = longest_case(part)
-    shapes = [(1, longest, 0)]
-    shapes += [(b, n, 0) for n in (1, 2, _TRACED, _TRACED + 1) for b in _BATCHES]
     if signature.has_past:
-        shapes += [(b, 1, past) for past in (1, 5, _TRACED) for b in _BATCHES]
-        shapes += [(b, 3, 5) for b in (1, 3) if b == 1 or batched_chunks]
-        shapes += [(1, 1, longest - 1)]
-    shapes += [(8, 37, 0), (3, longest, 0)]
-    budget = min(_TOKENS, _PRODUCTS / max(parameter_count(part.module), 1)) + longest
+        past = min(longest - 1, max(numbers // max(2 * per_past, 1), _TRACED))
+        shapes = [(1, 1, past), (3, 1, 5), (1, 3, 5), (1, 1, 1), (8, 1, _TRACED)]
+        shapes += [(3, 3, 5)] * batched_chunks
+    else:
+        shapes = [(1, longest, 0)]
+    shapes += [(1, 1, 0), (3, 1, 0), (1, 2, 0), (8, 2, 0), (1, _TRACED, 0), (3, _TRACED, 0)]
+    shapes += [(3, _TRACED + 1, 0), (8, 37, 0), (2, longest // 2, 0)]
+    tokens = min(_TOKENS, _PRODUCTS / weights)
     for seed, (batch, sequence, past) in enumerate(dict.fromkeys(shapes)):
-        if past + sequence > longest or batch * sequence > budget:
+        cost = batch * (sequence * per_token + (past + sequence) * per_past)
+        if not 0 < past + sequence <= longest:
             continue
-        budget -= batch * sequence
+        if seed and (batch * sequence > tokens or cost > numbers):
+            continue
+        if seed:
+            tokens, numbers = tokens - batch * sequence, numbers - cost
         name = f"batch {batch} × {sequence}" + (f" after {past}" if past else "")
         ragged = batch > 1 and past + sequence > 1
         sample = signature.sample(batch, sequence, seed=seed, ragged=ragged, past=past)
         yield f"{name}{', ragged' if ragged else ''}", typed(part, sample)
-    texts = _real_text(part, min(_TEXT_TOKENS, longest))
-    if texts:
-        yield "real text", typed(part, texts)
+    for name, case in (
+        ("real text", _real_text(part, min(_TEXT_TOKENS, longest))),
+        ("the largest embeddings", _largest_embeddings(part, longest)),
+    ):
+        if case:
+            yield name, typed(part, case)
+
+
+def _numbers(part: Checkpoint) -> tuple[int, int]:
+    """Return how many numbers the outputs have for each token, and for each token in the cache."""
+    outputs = part.predict(typed(part, part.signature.sample(1, 2)))
+    sizes = {name: -(-value.size // 2) for name, value in outputs.items()}
+    past = sum(size for name, size in sizes.items() if name.startswith("present"))
+    return sum(sizes.values()) - past, past
+
+
+def _largest_embeddings(part: Checkpoint, longest: int) -> dict[str, Tensor] | None:
+    """Return the tokens whose embeddings have the largest numbers, for half precision alone."""
+    if precision(part.module) == torch.float32:
+        return None
+    signature = part.signature
+    for module in part.module.modules():
+        if isinstance(module, nn.Embedding) and module.num_embeddings >= signature.vocabulary > 0:
+            peaks = module.weight[: signature.vocabulary].detach().float().abs().amax(dim=1)
+            peaks[signature.pad] = 0
+            ids = peaks.topk(min(_LARGEST, longest, signature.vocabulary - 1)).indices
+            case = signature.sample(1, len(ids))
+            names = [item.name for item in signature.inputs if item.kind == "ids"]
+            return case | {name: ids.unsqueeze(0) for name in names}
+    return None
 
 
 def longest_case(part: Checkpoint) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from calib_data.errors import ExportError
 from compress.checkpoint import Checkpoint
 from compress.config import StageConfig, one_of, require
+from compress.fresh import unchanged
 from compress.quantize_config import check_target
 from compress.signature import Signature, named_outputs
 from export.cached_seq2seq import branch_on_cache_
@@ -105,7 +106,7 @@ def _traced(
     axes = tuple({a: torch.export.Dim.DYNAMIC for a, _ in item.axes} for item in signature.inputs)
     module = _Positional(checkpoint.module, signature).eval()
     try:
-        with _silence(), _without_cache(checkpoint), torch.no_grad():
+        with _silence(), unchanged(module), _without_cache(checkpoint), torch.no_grad():
             program: Any = torch.onnx.export(
                 module,
                 tuple(sample[name] for name in signature.names),

@@ -1,7 +1,8 @@
 """Where a graph first disagrees with its source: from the whole model down to one module."""
 
+import functools
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +12,36 @@ import torch
 from torch import Tensor, nn
 
 from compress.checkpoint import Checkpoint
+from compress.fresh import unchanged
 from compress.signature import named_outputs
 from export.graph import MODULE
+from export.precision import precision
+from export.rounding import Rounded, exactly
 from export.sessions import open_session, run
-from export.tolerance import allowed_errors, errors
+from export.tolerance import DRAWS, NOISE, deviation, finding, pooled_errors, scale_for
 
 Calls = list[
     tuple[str, list[np.ndarray]]
 ]  # (module, its outputs), in the order in which they finish
 
+Judge = Callable[[np.ndarray, np.ndarray, list[np.ndarray]], bool]  # found, y, what PyTorch gives
+
 
 def first_divergence(
     checkpoint: Checkpoint,
-    double: nn.Module,
     model: Path,
     case: Mapping[str, Tensor],
-    factor: float,
-    dtype: torch.dtype = torch.float32,
     provider: str = "cpu",
+    rounded: Checkpoint | None = None,
 ) -> str | None:
     """Return the innermost module whose output in the graph is off, with operator and statistics.
 
     From the whole model downwards: of the modules called inside the last one found, the first whose
-    output is off is looked into next. A module's outputs, hooked in float64 and in the model's own
-    precision, are held against the values that leave it in the graph, under the gate's own rule;
-    where none has their size, the modules inside it stand for it. What the graph fused away is seen
-    only if the module around it is off. None where no module can be told to be off.
+    output is off is looked into next. A module's outputs, hooked in float64 and in runs that round at
+    random, are held against the values that leave it in the graph, under the gate's own rule; where
+    none has their size, the modules inside it stand for it. What the graph fused away is seen only if
+    the module around it is off. With `rounded`, the same model as it rounds in int8, its noise is what
+    counts. None where no module can be told to be off.
     """
     graph = ir.load(model)
     exits = _exits(graph)
@@ -49,16 +54,21 @@ def first_divergence(
         while inside := set(_inside(called, scope)):
             asked = list(dict.fromkeys(str(v.name) for name in inside for v in exits[name]))
             values = run(session, case, asked)
-            exact, own = (_calls(m, case, inside) for m in (double, checkpoint.module))
+            with exactly():
+                exact = _calls(checkpoint.module, case, inside)
+            runs = _runs(checkpoint, rounded, case, inside)
             candidates = {name: [(v, values[str(v.name)]) for v in exits[name]] for name in inside}
             seen = {n for n, listed in exact if any(_comparable(candidates[n], y) for y in listed)}
             if seen < inside:
                 called = [name for name in called if name not in inside - seen]
                 continue
+            judge = (
+                _noise if rounded else functools.partial(_rounding, precision(checkpoint.module))
+            )
             told = (
-                (name, _off(candidates[name], y, rounded, mask, factor, dtype))
-                for (name, listed), (_, roundeds) in zip(exact, own)
-                for y, rounded in zip(listed, roundeds)
+                (name, _off(candidates[name], y, own, mask, judge))
+                for index, (name, listed) in enumerate(exact)
+                for y, *own in zip(listed, *(run_[index][1] for run_ in runs))
             )
             first = next(((name, off) for name, off in told if off is not None), None)
             if first is None:
@@ -117,28 +127,53 @@ def _comparable(candidates: list[tuple[ir.Value, np.ndarray]], y: np.ndarray) ->
 def _off(
     candidates: list[tuple[ir.Value, np.ndarray]],
     y: np.ndarray,
-    own: np.ndarray,
+    own: list[np.ndarray],
     mask: np.ndarray | None,
-    factor: float,
-    dtype: torch.dtype,
+    judge: Judge,
 ) -> tuple[str, str] | None:
     """Return the operator and both statistics of the nearest candidate, if none agrees with y."""
     nearest: tuple[float, str, str] | None = None
-    y_real, own_real = _real(y, mask), _real(own, mask)
-    rms, largest = allowed_errors(y_real, own_real, factor, dtype)
+    y_real, own_real = _real(y, mask), [_real(array, mask) for array in own]
     for value, array in candidates:
         for layout in _layouts(array, y.shape):
             real = _real(layout, mask)
-            error = errors(real, y_real)
-            if error[0] <= rms and error[1] <= largest:
+            if judge(real, y_real, own_real):
                 return None
-            if nearest is None or error[0] < nearest[0]:
+            error = deviation(real, y_real).rms
+            if nearest is None or error < nearest[0]:
                 told = (
                     f"graph mean {real.mean():.4g}, spread {real.std():.4g}; "
                     f"source mean {y_real.mean():.4g}, spread {y_real.std():.4g}"
                 )
-                nearest = error[0], _operator(value), told
+                nearest = error, _operator(value), told
     return nearest[1:] if nearest else None
+
+
+def _rounding(dtype: torch.dtype, found: np.ndarray, y: np.ndarray, own: list[np.ndarray]) -> bool:
+    """Whether it is as near to y as the gate's rule asks, with as many draws as the gate's doubt."""
+    scale = scale_for(y, dtype)
+    for array in own:
+        scale.add(deviation(array, y))
+    away = deviation(found, y)
+    return finding(away, scale, 1 + 2 * away.rows.size).passed
+
+
+def _noise(found: np.ndarray, y: np.ndarray, own: list[np.ndarray]) -> bool:
+    """Whether it is no noisier than PyTorch's simulation, with twice the gate's allowance for all."""
+    noise = pooled_errors([deviation(array, y).errors for array in own])
+    return all(a <= 2 * NOISE * b for a, b in zip(deviation(found, y).errors, noise))
+
+
+def _runs(
+    checkpoint: Checkpoint, rounded: Checkpoint | None, case: Mapping[str, Tensor], inside: set[str]
+) -> list[Calls]:
+    if rounded is not None:
+        return [_calls(rounded.module, case, inside)]
+    runs = []
+    for seed in range(DRAWS):
+        with Rounded(seed):
+            runs.append(_calls(checkpoint.module, case, inside))
+    return runs
 
 
 def _operator(value: ir.Value) -> str:
@@ -196,7 +231,7 @@ def _calls(module: nn.Module, case: Mapping[str, Tensor], names: set[str] | None
     kind = next((p.dtype for p in module.parameters()), torch.float32)
     inputs = {k: v.to(kind) if v.is_floating_point() else v for k, v in case.items()}
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), unchanged(module):
             named_outputs(module, inputs)
     finally:
         for handle in handles:

@@ -6,27 +6,28 @@ then as they ship, by their noise. A decoder is checked once more across calls, 
 of the last (`export.stepwise`), and the weights are looked up among the source's (`export.weights`).
 """
 
-import copy
 import gc
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from compress.checkpoint import Checkpoint
-from compress.quantize import dequantized
 from export.bundle import read_graph
 from export.cases import parity_cases
 from export.linearize import linearized
 from export.localize import first_divergence
 from export.sessions import open_session
 from export.stepwise import check_across_calls
-from export.tolerance import NOISE, allowances, pooled_errors
-from export.trial import PADDING, Case, Compared, Progress, Trial, compare, make_trial
+from export.tolerance import DRAWS, HOPELESS, NOISE, finding, pooled_errors, together
+from export.trial import PADDING, SESSIONS, Case, Compared, Progress, Trial, compare, make_trial
 from export.verdict import BROKEN, Check, ParityReport, joined
 from export.weights import changed_epsilons, changed_ranges, changed_weights
 
+TOGETHER = "all cases, each in units of its rounding"
+_TRIES = 2  # cases on which the first module that is off is looked for, beside the worst
 _SESSIONS = (("plain", False), ("optimized", True))
 
 
@@ -90,26 +91,41 @@ def check_parity(
 
 
 def _judge(trial: Trial, compared: Compared, graph: str, session: str) -> Iterator[Check]:
+    """Yield the checks of one session by the float rule: of each case, and of all together.
+
+    One case that all draws condemn is enough, so what comes after is told by the first draws.
+    """
     rule = "float" if trial.dtype == torch.float32 else "half precision"
+    condemned = False
     for output, expected in trial.expected.items():
-        allowed = allowances(expected, trial.factor, trial.dtype)
+        ratios = []
         for case, found in compared.found[output].items():
             told = compared.failures.get(case, rule)
-            yield Check.of((graph, case, session, output), told, found, allowed[case])
+            made = trial.judge(output, case, found, patient=not condemned)
+            check = Check.judged((graph, case, session, output), told, made)
+            scale = expected[case].scale
+            condemned |= not check.passed and (scale.draws == DRAWS or check.strain > HOPELESS)
+            if case != PADDING and np.isfinite(found.rms) and scale.rms:
+                ratios.append(found.rms / scale.rms)
+            yield check
+        if ratios:
+            mean, bound = together(ratios, SESSIONS * len(trial.expected))
+            where = (graph, TOGETHER, session, output)
+            yield Check.of(where, rule, (mean, 0.0), (bound, 0.0))
 
 
 def _judge_noise(trial: Trial, compared: Compared, graph: str, session: str) -> Iterator[Check]:
     for output, expected in trial.expected.items():
-        found = pooled_errors([compared.found[output][case] for case in trial.cases])
+        found = pooled_errors([compared.found[output][case].errors for case in trial.cases])
         noise = pooled_errors([expected[case].noise for case in trial.cases])
         allowed = NOISE * noise[0], 2 * NOISE * noise[1]
         told = next(iter(compared.failures.values()), "int8 noise")
         yield Check.of((graph, "all cases", session, output), told, found, allowed)
         if trial.fixed_steps and PADDING in compared.found[output]:
-            limits = allowances(expected, trial.factor, trial.dtype)[PADDING]
-            most = max(limits[0], allowed[0]), max(limits[1], allowed[1])
-            found = compared.found[output][PADDING]
-            yield Check.of((graph, PADDING, session, output), told, found, most)
+            moved = compared.found[output][PADDING]
+            exact = finding(moved, expected[PADDING].scale, trial.comparisons)
+            most = max(exact.rms_allowed, allowed[0]), max(exact.largest_allowed, allowed[1])
+            yield Check.of((graph, PADDING, session, output), told, moved.errors, most)
 
 
 def _diverges(
@@ -125,13 +141,16 @@ def _diverges(
         return "no module of the graph as written: only the optimized session is off"
     if not numeric and not noisy:
         return None
-    exact = dequantized(trial.part) if trial.part.quantization else trial.part
-    double = copy.deepcopy(exact.module).double()
     if not numeric:
         case = min(trial.cases.values(), key=_size)
-        return first_divergence(trial.part, double, model, case, 2 * NOISE, provider=provider)
-    case = min((trial.cases[c.case] for c in numeric if "plain" in c.session), key=_size)
-    return first_divergence(exact, double, plain, case, trial.factor, trial.dtype, provider)
+        return first_divergence(trial.exact, model, case, provider, rounded=trial.part)
+    plainly = {c.case: c.strain for c in numeric if "plain" in c.session}
+    # the small tell as much in less time, where their error is clear; the largest error surely is
+    names = sorted(plainly, key=lambda name: _size(trial.cases[name]))[:_TRIES]
+    for name in (*names, max(plainly, key=plainly.__getitem__)):
+        if told := first_divergence(trial.exact, plain, trial.cases[name], provider):
+            return told
+    return None
 
 
 def _size(case: Case) -> int:

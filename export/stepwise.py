@@ -16,14 +16,24 @@ import torch
 from torch import Tensor, nn
 
 from compress.checkpoint import Checkpoint
+from compress.fresh import unchanged
 from compress.quantize import dequantized
 from compress.signature import forward_names, named_outputs, positions_from
 from export.cases import longest_case
 from export.linearize import linearized
 from export.precision import precision
+from export.rounding import Rounded, exactly
 from export.sessions import open_session, run
-from export.tolerance import Expected, allowances, errors
-from export.trial import factor_of
+from export.tolerance import (
+    DRAWS,
+    FIRST_DRAWS,
+    HOPELESS,
+    Finding,
+    deviation,
+    finding,
+    scale_for,
+)
+from export.trial import SESSIONS
 from export.verdict import Check, broken
 
 Run = Callable[[Mapping[str, Any]], Mapping[str, np.ndarray]]
@@ -56,12 +66,25 @@ def check_across_calls(
     real = text.mask.bool().numpy()
     exact = dequantized(checkpoint) if checkpoint.quantization else checkpoint
     kind = precision(graphs[decoder][0].module)
-    rounded = copy.deepcopy(exact.backbone).to(kind)
-    own = at_once(exact, rounded, text)[real]
-    y = at_once(exact, rounded.double(), text)[real]
-    del rounded
-    expected = {"": Expected(y, errors(own, y), (0.0, 0.0))}
-    allowed = allowances(expected, factor_of(kind), kind)[""]
+    module = exact.backbone
+    if precision(module) != kind:
+        module = copy.deepcopy(module).to(kind)
+    with exactly():
+        y = at_once(exact, module, text)[real]
+    scale = scale_for(y, kind)
+
+    def judge(found: np.ndarray) -> Finding:
+        away = deviation(found, y)
+        comparisons = SESSIONS * (1 + 2 * away.rows.size)
+        while scale.draws < FIRST_DRAWS or (
+            scale.draws < DRAWS
+            and not (told := finding(away, scale, comparisons)).passed
+            and told.strain < HOPELESS
+        ):
+            with Rounded(scale.draws):
+                scale.add(deviation(at_once(exact, module, text)[real], y))
+        return finding(away, scale, comparisons)
+
     case = f"prompt of {text.prompt} and {text.ids.shape[1] - text.prompt} steps"
     with tempfile.TemporaryDirectory() as folder:
         # int8 as it ships rounds by all tokens at once, so only the weights can be compared
@@ -79,14 +102,14 @@ def check_across_calls(
                 )
                 for name, path in paths.items()
             }
-            rule, error = "across calls", (float("inf"), float("inf"))
+            rule, found = "across calls", np.zeros(0)
             try:
-                found = step_by_step(runs[decoder], runs[encoder] if encoder else None, text)
-                error = errors(found[real], y) if found.shape[:2] == real.shape else error
+                made = step_by_step(runs[decoder], runs[encoder] if encoder else None, text)
+                found = made[real] if made.shape[:2] == real.shape else made
             except Exception as reason:  # the pybind exceptions have no common base
                 rule = broken(reason)
             where = (decoder, case, f"{provider} {label}", "logits")
-            yield Check.of(where, rule, error, allowed)
+            yield Check.judged(where, rule, judge(found))
 
 
 def text_for(decoder: Checkpoint, encoder: Checkpoint | None) -> Text:
@@ -113,7 +136,7 @@ def at_once(checkpoint: Checkpoint, module: nn.Module, text: Text) -> np.ndarray
         if "position_ids" in forward_names(checkpoint.backbone):
             inputs["position_ids"] = positions_from(text.mask, text.ids.shape[1])
     inputs["use_cache"] = False
-    with torch.inference_mode():
+    with torch.inference_mode(), unchanged(module):
         logits = named_outputs(module, inputs)["logits"]
     return (logits if logits.dtype == torch.float64 else logits.float()).numpy()
 

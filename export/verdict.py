@@ -1,11 +1,12 @@
 """What the gate reports: every comparison with its figures, and one verdict over them."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from calib_data.errors import ParityError
-from export.tolerance import FLOAT, HALF, NOISE, Errors
+from export.tolerance import DRAWS, FALSE_ALARMS, NOISE, Errors, Finding
 
 BROKEN = "does not run"  # how a rule's name begins where there was nothing to compare
 
@@ -15,19 +16,15 @@ def broken(error: BaseException) -> str:
     return f"{BROKEN}: {' '.join(str(error).split())[:300] or type(error).__name__}"
 
 
-@dataclass(frozen=True)
-class Check:
-    """One comparison: the errors found and the errors allowed."""
+@dataclass(frozen=True, kw_only=True)
+class Check(Finding):
+    """One comparison: where it was made, by which rule, and what was found."""
 
     graph: str
     case: str
     session: str
     output: str
     rule: str
-    rms: float
-    rms_allowed: float
-    largest: float
-    largest_allowed: float
 
     @classmethod
     def of(
@@ -37,22 +34,15 @@ class Check:
         found: Errors,
         allowed: Errors = (0.0, 0.0),
     ) -> "Check":
+        """Return the check of (graph, case, session, output) of two errors: of all, and the largest."""
+        pairs = zip(found, allowed)
+        return cls.judged(where, rule, Finding(*(x for pair in pairs for x in pair)))
+
+    @classmethod
+    def judged(cls, where: tuple[str, str, str, str], rule: str, found: Finding) -> "Check":
         """Return the check of (graph, case, session, output)."""
-        return cls(*where, rule, found[0], allowed[0], found[1], allowed[1])
-
-    @property
-    def passed(self) -> bool:
-        """Whether both errors are within bounds (NaN is not)."""
-        return self.rms <= self.rms_allowed and self.largest <= self.largest_allowed
-
-    @property
-    def strain(self) -> float:
-        """The larger of error / allowed: above 1 where the check fails."""
-        pairs = ((self.rms, self.rms_allowed), (self.largest, self.largest_allowed))
-        return max(
-            error / allowed if allowed else (0.0 if error == 0 else float("inf"))
-            for error, allowed in pairs
-        )
+        graph, case, session, output = where
+        return cls(**vars(found), graph=graph, case=case, session=session, output=output, rule=rule)
 
 
 @dataclass(frozen=True)
@@ -77,7 +67,7 @@ class ParityReport:
         """Return the report as a JSON-able dict."""
         return {
             "passed": self.passed,
-            "factors": {"float": FLOAT, "half": HALF, "int8 noise": NOISE},
+            "rule": {"false alarms": FALSE_ALARMS, "draws": DRAWS, "int8 noise": NOISE},
             "diverges": self.diverges,
             "padding_drift": dict(self.padding_drift),
             "checks": [{**asdict(check), "passed": check.passed} for check in self.checks],
@@ -93,9 +83,22 @@ class ParityReport:
         where = f"; first differs at {self.diverges}" if self.diverges else ""
         raise ParityError(
             f"{worst.graph} disagrees with its source: {worst.output} at {worst.case} "
-            f"({worst.rule}, {worst.session}) has error {worst.rms:.3g} rms, {worst.largest:.3g} at "
-            f"most, allowed {worst.rms_allowed:.3g} and {worst.largest_allowed:.3g}{where}"
+            f"({worst.rule}, {worst.session}) {_told(worst)}{where}"
         )
+
+
+def _told(check: Check) -> str:
+    """Return what is wrong with it, in the figure that is furthest beyond its bound."""
+    if not math.isfinite(check.rms):
+        return "is not finite where the source is, or has another shape"
+    figures = {
+        "rms": (check.rms, check.rms_allowed),
+        "rms in one row": (check.row, check.row_allowed),
+        "at most": (check.largest, check.largest_allowed),
+    }
+    name = max(figures, key=lambda n: figures[n][0] / (figures[n][1] or math.ulp(0.0)))
+    error, allowed = figures[name]
+    return f"has error {error:.3g} {name}, allowed {allowed:.3g}"
 
 
 def joined(reports: Iterable[ParityReport]) -> ParityReport:

@@ -141,11 +141,6 @@ def test_factory_module(tmp_path: Path) -> None:
     assert run_graph(model, checkpoint.signature.sample(5))["scores"].shape == (5, 3)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="PyTorch sums 512 numbers pairwise, ONNX Runtime one after another: in a model with "
-    "little else to round, the graph's error is 10 times PyTorch's, and the gate allows 4",
-)
 def test_factory_module_with_a_long_mean(tmp_path: Path) -> None:
     checkpoint = open_checkpoint("tests.compress.factories:mixer_tuple")
     model = build_graph(checkpoint, ExportConfig())

@@ -18,7 +18,6 @@ from export.placement import inspect_graphs
 from export.precision import in_precision, precision
 from export.publish import export_onnx
 from export.sessions import open_session
-from export.tolerance import allowances
 from export.trial import compare, make_trial
 from tests.export.graphs import cast, checkpoint_of, edit, save, weight_of
 from tests.tiny import tiny_checkpoint
@@ -92,20 +91,18 @@ def test_bfloat16_is_compared_where_a_provider_runs_it(tmp_path: Path) -> None:
     def worst() -> float:
         compared = compare(trial, open_session(path), lambda: None)
         assert not compared.failures
-        allowed = allowances(trial.expected["logits"], trial.factor, trial.dtype)
         found = compared.found["logits"]
-        return max(found[case][0] / allowed[case][0] for case in found)
+        return max(trial.judge("logits", case, found[case]).strain for case in found)
 
     assert worst() < 1
     (placement,) = inspect_graphs(path).values()
     assert placement.copies == 0
     case = trial.cases["batch 3"]
-    double = copy.deepcopy(checkpoint.module).double()
-    assert first_divergence(checkpoint, double, path, case, trial.factor, trial.dtype) is None
+    assert first_divergence(checkpoint, path, case) is None
 
     weight = weight_of(model, "vit.layers.1.mlp.fc2")
     save(model, tmp_path, lambda _: edit(weight, lambda a: np.multiply(a, 1.5, out=a)))
     assert worst() > 1
-    found = first_divergence(checkpoint, double, path, case, trial.factor, trial.dtype)
+    found = first_divergence(checkpoint, path, case)
     assert found is not None
     assert found.startswith("vit.layers.1.mlp.fc2"), found

@@ -35,7 +35,13 @@ def test_report_round_trips_through_json() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"rms": 2.1}, {"largest": 4.1}, {"rms": float("nan")}, {"largest": float("inf")}],
+    [
+        {"rms": 2.1},
+        {"largest": 4.1},
+        {"row": 0.1},
+        {"rms": float("nan")},
+        {"largest": float("inf")},
+    ],
     ids=str,
 )
 def test_verdict_of_a_check(changes: Mapping[str, float]) -> None:
