@@ -1,6 +1,6 @@
 """What a graph is tried on: inputs of many shapes, and which numbers of its outputs matter."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +24,15 @@ _LARGEST = 64  # tokens of the largest embeddings: these overflow first
 
 
 def parity_cases(
-    part: Checkpoint, batched_chunks: bool = True
+    part: Checkpoint, batched_chunks: bool = True, switches: Iterable[int] = ()
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Yield named inputs: batches, lengths with the longest, ragged padding, real text, caches.
 
     With a cache there are prompts, steps and a chunk after several past lengths, and the longest case
     is one token after all others; `batched_chunks` says whether the graph can append several tokens to
     a batch of caches at once. Where every token gives many numbers there are fewer tokens, so that
-    what is compared stays small beside the model.
+    what is compared stays small beside the model. At `switches` the source begins to compute otherwise:
+    both sides of them are met.
     """
     signature = part.signature
     if not signature.has_sequence:
@@ -63,6 +64,10 @@ def parity_cases(
         ragged = batch > 1 and past + sequence > 1
         sample = signature.sample(batch, sequence, seed=seed, ragged=ragged, past=past)
         yield f"{name}{', ragged' if ragged else ''}", typed(part, sample)
+    for length in dict.fromkeys(n for switch in switches for n in (switch - 1, switch)):
+        sequence = 1 if signature.has_past else length
+        sample = signature.sample(2, sequence, seed=length, ragged=True, past=length - sequence)
+        yield f"both sides of a switch, batch 2 × {length}", typed(part, sample)
     for name, case in (
         ("real text", _real_text(part, min(_TEXT_TOKENS, longest))),
         ("the largest embeddings", _largest_embeddings(part, longest)),

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from compress.checkpoint import Checkpoint
+from export.branches import switches, told
 from export.bundle import read_graph
-from export.cases import parity_cases
+from export.cases import longest_case, parity_cases
 from export.linearize import linearized
 from export.localize import first_divergence
 from export.sessions import open_session
@@ -70,7 +71,8 @@ def check_parity(
     appends = any(node.op_type == "GroupQueryAttention" for node in stored.graph)
     del stored
     gc.collect()  # nodes and values hold each other, and the weights with them
-    trial = make_trial(part, dict(parity_cases(part, batched_chunks=not appends)), progress)
+    lengths = switches(part, longest_case(part)) if part.signature.has_sequence else []
+    trial = make_trial(part, dict(parity_cases(part, not appends, lengths)), progress)
     with tempfile.TemporaryDirectory() as folder:
         plain = linearized(model, Path(folder, model.name)) if part.quantization else model
         for label, optimize in _SESSIONS:
@@ -86,8 +88,9 @@ def check_parity(
                 checks += _judge_noise(trial, compared, graph, f"{provider} {label}")
                 drift = {f"{graph} {name}": value for name, value in compared.drift.items()}
                 del session
-        diverges = _diverges(trial, model, plain, checks, provider)
-    return ParityReport(tuple(checks), diverges, drift)
+        branch = _branch(trial, checks, lengths)
+        diverges = None if branch else _diverges(trial, model, plain, checks, provider)
+    return ParityReport(tuple(checks), diverges, drift, branch)
 
 
 def _judge(trial: Trial, compared: Compared, graph: str, session: str) -> Iterator[Check]:
@@ -126,6 +129,29 @@ def _judge_noise(trial: Trial, compared: Compared, graph: str, session: str) -> 
             exact = finding(moved, expected[PADDING].scale, trial.comparisons)
             most = max(exact.rms_allowed, allowed[0]), max(exact.largest_allowed, allowed[1])
             yield Check.of((graph, PADDING, session, output), told, moved.errors, most)
+
+
+def _branch(trial: Trial, checks: Iterable[Check], lengths: Iterable[int]) -> str | None:
+    """Return that a graph is right on one side of a length alone, if that is what failed."""
+    sizes = {name: _length(trial.part, case) for name, case in trial.cases.items()}
+    judged = [c for c in checks if c.case in sizes and not c.rule.startswith(BROKEN)]
+    for length in lengths:
+        sides = {sizes[c.case] >= length for c in judged if not c.passed}
+        if len(sides) == 1 and any(
+            c.passed for c in judged if (sizes[c.case] >= length) not in sides
+        ):
+            return told(length)
+    return None
+
+
+def _length(part: Checkpoint, case: Case) -> int:
+    """Return how many tokens a row has, those in the cache too."""
+    return max(
+        case[item.name].shape[axis]
+        for item in part.signature.inputs
+        for axis, name in item.axes
+        if item.name in case and name in ("sequence", "total_sequence")
+    )
 
 
 def _diverges(

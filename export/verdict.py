@@ -53,6 +53,7 @@ class ParityReport:
     diverges: str | None = None  # the first module whose output differs, where a check failed
     # int8 only, judged with fixed steps: how much padding a row changes an output, relative to its size
     padding_drift: Mapping[str, float] = field(default_factory=dict)
+    branch: str | None = None  # that it is right on one side of a length alone
 
     @property
     def passed(self) -> bool:
@@ -69,6 +70,7 @@ class ParityReport:
             "passed": self.passed,
             "rule": {"false alarms": FALSE_ALARMS, "draws": DRAWS, "int8 noise": NOISE},
             "diverges": self.diverges,
+            "branch": self.branch,
             "padding_drift": dict(self.padding_drift),
             "checks": [{**asdict(check), "passed": check.passed} for check in self.checks],
         }
@@ -81,6 +83,7 @@ class ParityReport:
             raise ParityError("the graph was compared with its source on no case at all")
         worst = self.worst()
         where = f"; first differs at {self.diverges}" if self.diverges else ""
+        where += f": {self.branch}" if self.branch else ""
         raise ParityError(
             f"{worst.graph} disagrees with its source: {worst.output} at {worst.case} "
             f"({worst.rule}, {worst.session}) {_told(worst)}{where}"
@@ -108,4 +111,5 @@ def joined(reports: Iterable[ParityReport]) -> ParityReport:
         tuple(check for report in listed for check in report.checks),
         next((report.diverges for report in listed if report.diverges), None),
         {name: drift for report in listed for name, drift in report.padding_drift.items()},
+        next((report.branch for report in listed if report.branch), None),
     )
