@@ -8,7 +8,7 @@ of the last (`export.stepwise`), and the weights are looked up among the source'
 
 import gc
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -131,8 +131,10 @@ def _judge_noise(trial: Trial, compared: Compared, graph: str, session: str) -> 
             yield Check.of((graph, PADDING, session, output), told, moved.errors, most)
 
 
-def _branch(trial: Trial, checks: Iterable[Check], lengths: Iterable[int]) -> str | None:
+def _branch(trial: Trial, checks: Iterable[Check], lengths: Sequence[int]) -> str | None:
     """Return that a graph is right on one side of a length alone, if that is what failed."""
+    if not lengths:
+        return None
     sizes = {name: _length(trial.part, case) for name, case in trial.cases.items()}
     judged = [c for c in checks if c.case in sizes and not c.rule.startswith(BROKEN)]
     for length in lengths:

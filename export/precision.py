@@ -22,7 +22,7 @@ def in_precision(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
     """Return `checkpoint` with weights and float inputs in `dtype`, a row of `DTYPES`.
 
     Block-wise weights keep their bits, and their scales are in `dtype`. Raises `ConfigError` for another
-    quantized checkpoint, whose products have a precision of their own.
+    quantized checkpoint, whose products have a precision of their own, and for weights beyond `dtype`.
     """
     if dtype == "fp32":
         return checkpoint
@@ -32,6 +32,15 @@ def in_precision(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
             f"--dtype {dtype} is for float models and those quantized with --scheme {WEIGHT_ONLY}; "
             f"this one is quantized with {scheme}, which takes its activations in float32"
         )
+    most = torch.finfo(DTYPES[dtype]).max
+    for name, value in checkpoint.module.state_dict().items():
+        if value.is_floating_point() and value.numel():
+            peak = float(torch.where(value.isfinite(), value, 0).abs().amax())
+            if peak > most:
+                raise ConfigError(
+                    f"{name} holds {peak:,.0f}, and {dtype} ends at {most:,.0f}: it would overflow; "
+                    "use --dtype bf16, or leave the model in float32"
+                )
     return typed(replace(checkpoint, module=copy.deepcopy(checkpoint.module).to(DTYPES[dtype])))
 
 

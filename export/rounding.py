@@ -353,8 +353,12 @@ class Exact(TorchDispatchMode):
             return func(*args, **kwargs)
         if func._overloadpacket.__name__ in _LOOKUPS:
             return tree_map(_widened, func(*args, **kwargs))
-        args, kwargs = tree_map(_widened, (args, kwargs))
-        return func(*args, **kwargs)
+        wide, options = tree_map(_widened, (args, kwargs))
+        result = func(*wide, **options)
+        for argument, given, made in zip(func._schema.arguments, args, wide):
+            if argument.is_write and made is not given:
+                given.copy_(made)  # a buffer that the forward keeps something in
+        return result
 
 
 _LOOKUPS = ("embedding", "index_select", "gather")  # a table has far more rows than are looked up

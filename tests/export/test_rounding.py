@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from calib_data.errors import ParityError
+from calib_data.errors import ConfigError, ParityError
 from export.cases import parity_cases
 from export.precision import in_precision
 from export.rounding import Rounded, exactly
@@ -68,6 +68,23 @@ def test_exactly_is_float64_whatever_is_cast_inside() -> None:
     y = torch.softmax(layer.double()(x.double()), dim=-1)
     assert found.dtype == torch.float64
     assert torch.equal(found, y)
+
+
+def test_exactly_keeps_what_a_forward_writes_into_a_buffer() -> None:
+    """Scaled rotary embeddings choose their frequencies so."""
+    buffer = torch.zeros(2)
+    with exactly():
+        buffer.copy_(torch.tensor([1.0, 2.0]))
+        buffer.mul_(3)
+    assert buffer.tolist() == [3.0, 6.0]
+
+
+def test_weights_beyond_half_precision_are_refused_by_name() -> None:
+    checkpoint = tiny_checkpoint("bert")
+    with torch.no_grad():
+        checkpoint.module.encoder.layer[1].output.dense.weight[0, 0] = 1e5
+    with pytest.raises(ConfigError, match=r"layer\.1\.output\.dense\.weight.*65,504.*overflow"):
+        in_precision(checkpoint, "fp16")
 
 
 def test_model_that_overflows_in_half_precision_is_refused_with_the_module() -> None:
