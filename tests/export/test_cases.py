@@ -29,7 +29,8 @@ def shapes_of(part: Checkpoint, **settings: bool) -> set[tuple[int, int, int]]:
 def test_batches_and_lengths() -> None:
     every = dict(parity_cases(checkpoint_of("bert")))
     shapes = shapes_of(checkpoint_of("bert"))
-    assert shapes >= {(b, s, 0) for b in (1, 3, 8) for s in (1, 2, 11, 12)} | {(1, 64, 0)}
+    assert {b for b, _, _ in shapes} == {1, 2, 3, 8}
+    assert {1, 2, 11, 12, 32, 64} <= {s for _, s, _ in shapes}
     assert any(not case["attention_mask"].all() for case in every.values())
     assert "real text" in every
     images = dict(parity_cases(checkpoint_of("vit"))).values()
@@ -39,9 +40,8 @@ def test_batches_and_lengths() -> None:
 def test_decoders_have_prompts_steps_and_chunks() -> None:
     part = decoder()
     shapes = shapes_of(part)
-    assert shapes >= {(b, s, 0) for b in (1, 3, 8) for s in (1, 2, 11, 12)}
-    assert shapes >= {(b, 1, past) for b in (1, 3, 8) for past in (1, 5, 11)}
-    assert {(1, 64, 0), (1, 1, 63), (1, 3, 5), (3, 3, 5)} <= shapes
+    assert {1, 2, 11, 12, 32} <= {s for _, s, past in shapes if not past}
+    assert {(1, 1, 1), (3, 1, 5), (8, 1, 11), (1, 1, 63), (1, 3, 5), (3, 3, 5)} <= shapes
     assert (3, 3, 5) not in shapes_of(part, batched_chunks=False)
     text = dict(parity_cases(part))["real text"]
     mask = text["attention_mask"]
@@ -58,6 +58,33 @@ def test_longest_is_there_where_the_budget_is_spent(monkeypatch: pytest.MonkeyPa
     assert {(b, s) for b, s, _ in shapes_of(part)} == {(1, 64), (8, 64)}  # and the real text
     monkeypatch.setattr(cases, "MOST", 20)
     assert max(s for _, s, _ in shapes_of(part)) == 20
+
+
+def test_large_outputs_make_fewer_tokens_but_not_the_longest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Logits over a large vocabulary would be many times the model in memory."""
+    part = decoder()
+    monkeypatch.setattr(cases, "_NUMBERS", 1)
+    few = shapes_of(part)
+    assert (1, 1, 63) not in few
+    assert max(past for _, _, past in few) < 63
+    assert sum(b * s for b, s, _ in few) < sum(
+        b * s for b, s, _ in shapes_of(checkpoint_of("bert"))
+    )
+
+
+def test_both_sides_of_a_switch_are_met() -> None:
+    assert {(2, 40, 0), (2, 41, 0)} <= {
+        (*case["input_ids"].shape, 0)
+        for case in dict(parity_cases(checkpoint_of("bert"), switches=[41])).values()
+    }
+    found = {
+        case["past_key_values.0.key"].shape[2]
+        for name, case in dict(parity_cases(decoder(), switches=[41])).items()
+        if name.startswith("both sides")
+    }
+    assert found == {39, 40}
 
 
 def test_inputs_have_the_dtype_of_the_signature() -> None:
