@@ -156,14 +156,14 @@ def _open_transformer(
         module = _from_pretrained(home, task, config, trust)
     module.eval()
     processor = open_processor(home, image_shape(module), trust, text=has_towers(module))
-    limits = directory / "sentence_bert_config.json"
+    limits = home / "sentence_bert_config.json"
     if limits.is_file() and processor is not None and read_json(limits).get("max_seq_length"):
         processor.model_max_length = int(read_json(limits)["max_seq_length"])
     files: dict[str, bytes] = {}
     outer = module
     if task.name == "sentence-embedding":
         files = sidecars(directory) if sentence else _mean_pooling_files()
-        outer = wrap_backbone(module, files).eval()
+        outer = wrap_backbone(module, files, processor).eval()
     signature = transformer_signature(outer, module, processor)
     return Checkpoint(
         module=outer,

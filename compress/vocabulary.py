@@ -13,6 +13,7 @@ from calib_data.sources import Examples
 from compress.adapters import refuse_adapters
 from compress.checkpoint import Checkpoint, StageResult, parameter_count, weights_sha256
 from compress.config import require
+from compress.sentence_modules import WithoutPrompt
 from compress.token_rows import configs_of, flat_ids, token_rows, token_settings, with_rows
 from compress.tokenizer_subset import check_tokenizer, closed, subset, token_ids, word_pieces
 
@@ -50,6 +51,11 @@ def prune_vocabulary(
             "this checkpoint is quantized already; prune the vocabulary first, then quantize"
         )
     refuse_adapters(checkpoint, "prune the vocabulary of")
+    if any(isinstance(part, WithoutPrompt) for part in checkpoint.module.modules()):
+        raise ModelError(
+            "the encoder's pooling looks for the tokens of its prompts (include_prompt: false), which "
+            "would have other ids; leave the vocabulary whole"
+        )
     tokenizer = checkpoint.processor
     check_tokenizer(tokenizer)
     if not texts:

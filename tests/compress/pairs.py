@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from compress.checkpoint import Checkpoint
 from compress.sentence import SentenceEncoder
+from compress.sentence_modules import Normalize, Pooling
 from compress.signature import transformer_signature
 from tests.tiny import tiny_checkpoint
 
@@ -33,7 +34,7 @@ def make(family: str, task: str, **changes: Any) -> Checkpoint:
     if task != "sentence-embedding":
         return tiny_checkpoint(family, task, **changes)
     plain = tiny_checkpoint(family, "feature-extraction", **changes)
-    module = SentenceEncoder(plain.module, ("mean",), nn.Sequential(), True).eval()
+    module = SentenceEncoder(plain.module, [Pooling(("mean",)), Normalize()]).eval()
     signature = transformer_signature(module, plain.module, plain.processor)
     return Checkpoint(module, task, signature, plain.processor)
 
