@@ -2,8 +2,8 @@
 
 The exporter translates each module one to one and never quantizes again, so what is measured here is
 what ships. Activations follow ONNX `DynamicQuantizeLinear` (opset 11): one scale and zero point for
-the whole tensor, uint8, with zero always representable. Weights are symmetric int8 in −127 … 127, or
-in −64 … 64, with one scale per output channel or for all of them.
+the whole tensor, uint8, with zero always representable. Weights are symmetric int8 within −127 … 127
+(`compress.int8_range`), with one scale per output channel or for all of them.
 """
 
 import torch
@@ -11,42 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.calibration import InputStats
+from compress.int8_range import round_to_levels, weight_scale
 from compress.quantize_config import QuantizeConfig
-from compress.rounding import corrected_bias, gptq, learned_moment
-
-_LEVEL, _REDUCED_LEVEL = 127, 64  # 255 × 64 × 2, two products of reduced weights, fits into 16 bits
-
-
-def largest_level(config: QuantizeConfig | None) -> int:
-    """Return the largest magnitude of an int8 weight: 127, or 64 with a reduced range.
-
-    Processors without an instruction for it add products of uint8 and int8 in pairs in 16 bits,
-    which are too few for 2 × 255 × 127 (`compress.saturation`).
-    """
-    return _REDUCED_LEVEL if config is not None and config.reduce_range else _LEVEL
-
-
-def weight_scale(weight: Tensor, level: int = _LEVEL, *, per_channel: bool = True) -> Tensor:
-    """Return the float32 scale of each output, (out,), or of all, (), for a weight (in, out).
-
-    The largest weight becomes `level`. Where all are zero the scale is 1, so that nothing divides by
-    zero.
-    """
-    magnitude = weight.detach().float().abs()
-    scale = (magnitude.amax(dim=0) if per_channel else magnitude.amax()) / level
-    return torch.where(scale > torch.finfo(scale.dtype).tiny, scale, torch.ones_like(scale))
-
-
-def round_to_levels(
-    weight: Tensor, scale: Tensor, level: int = _LEVEL, moment: Tensor | None = None
-) -> Tensor:
-    """Return the weight (in, out) in steps of its scale, (out,) or (), −level … level, as int8.
-
-    Each is rounded to nearest, or all by the `moment` (in, in) of the inputs (`compress.rounding`).
-    """
-    if moment is not None:
-        return gptq(weight, scale, -level, level, moment).to(torch.int8)
-    return (weight.detach().float() / scale).round_().clamp_(-level, level).to(torch.int8)
+from compress.rounding import corrected_bias, learned_moment
 
 
 def quantize_per_channel(weight: Tensor, axis: int) -> tuple[Tensor, Tensor]:
@@ -58,8 +25,8 @@ def quantize_per_channel(weight: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     if axis == 0:
         values, scale = quantize_per_channel(weight.t(), 1)
         return values.t().contiguous(), scale
-    scale = weight_scale(weight)
-    return round_to_levels(weight, scale), scale
+    scale = weight_scale(weight, "full")
+    return round_to_levels(weight, scale, "full"), scale
 
 
 def integer_product(
@@ -137,10 +104,10 @@ class DynamicInt8Linear(nn.Module):
         stats: InputStats | None = None,
     ) -> None:
         """Hold the float `weight` (out, in) in int8, and `bias` (out,)."""
-        level, matrix = largest_level(config), weight.t()
-        self.scale = weight_scale(matrix, level, per_channel=self.scale.dim() > 0)
+        kept, matrix = (config or QuantizeConfig()).weight_range, weight.t()
+        self.scale = weight_scale(matrix, str(kept), per_channel=self.scale.dim() > 0)
         moment = learned_moment(config, stats, bias)
-        self.weight = round_to_levels(matrix, self.scale, level, moment).contiguous()
+        self.weight = round_to_levels(matrix, self.scale, str(kept), moment).contiguous()
         self.bias = corrected_bias(bias, weight, self.dequantize(), config, stats)
 
     def dequantize(self) -> Tensor:

@@ -34,7 +34,6 @@ from compress.quantize_config import (
     SCHEME_SETTINGS,
     QuantizeConfig,
 )
-from compress.saturation import NOTE, saturates
 from compress.smoothing import smoothed
 from compress.static_int8 import StaticInt8Linear
 from compress.weight_only import WeightOnlyLinear
@@ -100,8 +99,6 @@ def as_result(
     before, after = (_bytes(c.backbone) for c in (source, quantized))
     metrics: dict[str, Any] = {"bytes_before": before, "bytes_after": after, **found}
     report: dict[str, Any] = {**metrics, "modules": list((quantized.quantization or {})["modules"])}
-    if config.reduce_range and saturates():
-        report["note"] = NOTE
     seen: dict[str, Any] = {}
     if prepared.calibration is not None:
         seen["data"] = prepared.calibration.fingerprint

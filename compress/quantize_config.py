@@ -2,17 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from compress.config import StageConfig, one_of, require
-from compress.saturation import saturates
 
-# scheme → its own settings → what each may be, the default first (of reduce_range: see saturation)
+# scheme → its own settings → what each may be, the default first
 SCHEME_SETTINGS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
-    "dynamic": {"per_channel": (True, False), "reduce_range": (False, True)},
+    "dynamic": {"per_channel": (True, False), "weight_range": ("exact", "full", "reduced")},
     "static": {
         "per_channel": (True, False),
-        "reduce_range": (False, True),
+        "weight_range": ("exact", "full", "reduced"),
         "activations": ("uint8", "int8"),
         "ranges": ("mse", "minmax", "percentile", "entropy"),
     },
@@ -38,7 +37,7 @@ class QuantizeConfig(StageConfig):
     bits: int | None = None  # of each weight
     block_size: int | None = None  # weights that share a scale
     per_channel: bool | None = None  # a scale for each output of a layer, or one for all of it
-    reduce_range: bool | None = None  # weights of 7 bits; by default where this processor saturates
+    weight_range: str | None = None  # sums that no processor cuts off, or full 8 bits, or 7
     activations: str | None = None  # uint8 with a zero point, or int8 around zero
     ranges: str | None = None  # how an activation's range is chosen from what calibration saw
     percentile: float = 99.99  # share of the values in it, where `ranges` is percentile
@@ -63,8 +62,7 @@ class QuantizeConfig(StageConfig):
                 require(name in own, f"the scheme {self.scheme} has no {option}; leave it out")
                 one_of(option, value, own[name])
             elif name in own:
-                default = saturates() if name == "reduce_range" else own[name][0]
-                object.__setattr__(self, name, default)
+                object.__setattr__(self, name, own[name][0])
         require(
             50 < self.percentile <= 100,
             f"--percentile must be above 50 and at most 100, got {self.percentile}",
@@ -80,6 +78,23 @@ class QuantizeConfig(StageConfig):
             one_of("--embedding-block-size", self.embedding_block_size, EMBEDDING_BLOCK_SIZES)
         elif self.embedding_bits == 4:
             object.__setattr__(self, "embedding_block_size", EMBEDDING_BLOCK_SIZES[0])
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """Make the settings from a dict, also from one of recipes that say `reduce_range`."""
+        values = dict(values)
+        before = values.pop("reduce_range", None)
+        if before is not None:
+            require(
+                "weight_range" not in values,
+                "reduce_range is the former name of weight_range; leave it out",
+            )
+            require(
+                isinstance(before, bool),
+                f"reduce_range is true or false, got {before!r}; say weight_range instead",
+            )
+            values["weight_range"] = "reduced" if before else "full"
+        return super().from_json(values)
 
     @property
     def needs_data(self) -> bool:

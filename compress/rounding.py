@@ -52,20 +52,32 @@ def learned_moment(
 
 
 def gptq(
-    weight: Tensor, scale: Tensor, low: Tensor | int, high: Tensor | int, moment: Tensor
+    weight: Tensor,
+    scale: Tensor,
+    low: Tensor | int,
+    high: Tensor | int,
+    moment: Tensor,
+    pair: int | None = None,
 ) -> Tensor:
     """Return whole numbers, as float32 (in, out), that times `scale` stand for `weight` (in, out).
 
     `moment` (in, in) is that of the inputs. `scale` and the bounds `low` and `high` of the numbers are
-    for each weight, or broadcast to that.
+    for each weight, or broadcast to that. With `pair` the positive numbers of inputs 2i and 2i + 1 add
+    up to that at most, and so do the negative ones.
     """
     bounds = (scale, low, high)
     rows = [torch.as_tensor(x, device=weight.device).expand(weight.shape) for x in bounds]
     numbers = torch.empty_like(weight, dtype=torch.float32)
+    settled: set[int] = set()
 
     def rounded(place: int, wanted: Tensor) -> Tensor:
         step, least, most = (x[place] for x in rows)
+        if pair is not None and place ^ 1 in settled:
+            beside = numbers[place ^ 1]
+            least = torch.maximum(least, -pair - beside.clamp(max=0))
+            most = torch.minimum(most, pair - beside.clamp(min=0))
         numbers[place] = (wanted / step).round_().clamp_(least, most)
+        settled.add(place)
         return numbers[place] * step
 
     order = moment.diagonal().argsort(descending=True)  # the others still make up for the heaviest

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from calib_data.errors import DataError
 from compress.calibration import InputStats
-from compress.int8 import integer_product, largest_level, round_to_levels, weight_scale
+from compress.int8 import integer_product
+from compress.int8_range import round_to_levels, weight_scale
 from compress.quantize_config import QuantizeConfig
 from compress.rounding import corrected_bias, learned_moment
 
@@ -94,13 +95,13 @@ class StaticInt8Linear(nn.Module):
         self.input_scale, self.input_zero_point = input_range(
             stats, config, self.input_zero_point.dtype
         )
-        level, matrix = largest_level(config), weight.t()
-        scale = weight_scale(matrix, level, per_channel=self.scale.dim() > 0)
+        kept, matrix = str(config.weight_range), weight.t()
+        scale = weight_scale(matrix, kept, per_channel=self.scale.dim() > 0)
         if bias is not None:
             scale = scale_for_bias(scale, matrix, bias, self.input_scale)
         self.scale = scale
         moment = learned_moment(config, stats, bias)
-        self.weight = round_to_levels(matrix, scale, level, moment).contiguous()
+        self.weight = round_to_levels(matrix, scale, kept, moment).contiguous()
         bias = corrected_bias(bias, weight, self.dequantize(), config, stats)
         if bias is not None:
             steps = bias.detach().double() / (self.input_scale.double() * scale.double())

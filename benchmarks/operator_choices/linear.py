@@ -4,9 +4,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.operator_choices.choice import TEXTS, Alternative, Choice, both
 from benchmarks.operator_choices.graph import FLOAT, Build, Fed, Graph, Operand, ints, normal
+from compress.int8_range import round_to_levels, weight_scale
 
 
 def _linear_data(random: Any, batch: int, rows: int, inputs: int, outputs: int) -> SimpleNamespace:
@@ -22,9 +24,9 @@ def _rows_data(random: Any, rows: int, inputs: int, outputs: int) -> SimpleNames
 
 
 def _int8_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return int8 values (in, out) and one scale per output."""
-    scale = np.abs(weight).max(axis=0) / 127
-    return np.round(weight / scale).astype(np.int8), scale.astype(np.float32)
+    """Return int8 values (in, out), whose sums no processor cuts off, and one scale per output."""
+    scale = weight_scale(torch.from_numpy(weight), "exact")
+    return round_to_levels(torch.from_numpy(weight), scale, "exact").numpy(), scale.numpy()
 
 
 def _quantized(g: Graph, x: Operand) -> list[str]:

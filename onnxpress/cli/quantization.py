@@ -59,8 +59,10 @@ def scheme_options(command: Command) -> Command:
         help="dynamic, static: a scale for each output of a layer (default), or one for all.",
     )  # fmt: skip
     @click.option(
-        "--reduce-range/--no-reduce-range", default=None,
-        help="dynamic, static: weights of 7 bits, for processors whose sums saturate.",
+        "--weight-range", type=click.Choice(["exact", "full", "reduced"]),
+        help="dynamic, static: exact (default) rounds weights so that their sums are right on every "
+        "processor; full uses all 8 bits, which processors without VNNI, AMX or the ARM dot product "
+        "add up wrongly; reduced has 7 bits.",
     )  # fmt: skip
     @click.option(
         "--activations", type=click.Choice(["uint8", "int8"]),
@@ -187,8 +189,6 @@ def _quantize_text(result: dict[str, Any]) -> str:
         f"{result['bytes_before'] / 1e6:.1f} → {result['bytes_after'] / 1e6:.1f} MB of weights",
         _drift_line(result),
     ]
-    if "note" in result:
-        lines.append(result["note"])
     if "sensitivity" in result:
         lines += _sensitivity_lines(result["sensitivity"])
     if "budget" in result:

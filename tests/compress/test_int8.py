@@ -91,14 +91,14 @@ def test_extreme_values_do_not_overflow() -> None:
     assert found[1].tolist() == pytest.approx([4096 * 127] * 2)
 
 
-@pytest.mark.parametrize("reduce_range", [False, True])
+@pytest.mark.parametrize("weight_range", ["full", "reduced"])
 @pytest.mark.parametrize("per_channel", [False, True])
-def test_settings_of_the_weights(per_channel: bool, reduce_range: bool) -> None:
-    config = QuantizeConfig(per_channel=per_channel, reduce_range=reduce_range)
+def test_settings_of_the_weights(per_channel: bool, weight_range: str) -> None:
+    config = QuantizeConfig(per_channel=per_channel, weight_range=weight_range)
     weight = random(17, 24) * torch.logspace(-2, 0, 17).unsqueeze(1)
     layer = DynamicInt8Linear(24, 17, bias=False, per_channel=per_channel)
     layer.quantize_(weight, None, config)
-    level = 64 if reduce_range else 127
+    level = 64 if weight_range == "reduced" else 127
     assert layer.scale.shape == ((17,) if per_channel else ())
     largest = layer.weight.abs().amax(0).int()
     assert int(largest.max()) == level

@@ -19,7 +19,7 @@ from compress.static_int8 import (
     static_quantized_linear,
 )
 
-PLAIN = QuantizeConfig("static", reduce_range=False)
+PLAIN = QuantizeConfig("static", weight_range="full")
 KINDS = {"uint8": torch.uint8, "int8": torch.int8}
 
 
@@ -136,7 +136,7 @@ def test_layer_is_near_the_float_layer(kind: str) -> None:
 
 
 def test_reduced_range_cannot_overflow_in_pairs() -> None:
-    layer = made(replace(PLAIN, reduce_range=True))
+    layer = made(replace(PLAIN, weight_range="reduced"))
     assert int(layer.weight.abs().max()) == 64
     assert 2 * 255 * int(layer.weight.abs().max()) < 2**15
     assert int(made().weight.abs().max()) == 127

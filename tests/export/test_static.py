@@ -36,7 +36,7 @@ GRAPHS: list[tuple[str, str, dict[str, Any]]] = [
     ("bert", "cpu", {}),
     ("bert", "portable", {}),
     ("bert", "cpu", {"activations": "int8"}),
-    ("bert", "portable", {"activations": "int8", "per_channel": False, "reduce_range": True}),
+    ("bert", "portable", {"activations": "int8", "per_channel": False, "weight_range": "reduced"}),
     ("bert", "portable", {"opset": 18}),
     ("gpt2", "portable", {}),
     ("vit", "cpu", {"per_channel": False}),

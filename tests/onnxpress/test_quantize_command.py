@@ -76,13 +76,13 @@ def test_drift_is_printed(place: Path, tmp_path: Path) -> None:
 def test_settings_reach_the_lineage(place: Path, tmp_path: Path) -> None:
     quantize(
         place, "encoder", tmp_path / "out", *SCHEMES["static"], "--activations", "int8",
-        "--ranges", "percentile", "--percentile", 99.5, "--no-reduce-range", "--target", "portable",
+        "--ranges", "percentile", "--percentile", 99.5, "--weight-range", "full", "--target", "portable",
         "--skip", "embeddings.*", "--limit", 20,
     )  # fmt: skip
     stage = lineage(tmp_path / "out")
     expected = {
         "scheme": "static", "activations": "int8", "ranges": "percentile", "percentile": 99.5,
-        "reduce_range": False, "target": "portable", "skip": ["embeddings.*"],
+        "weight_range": "full", "target": "portable", "skip": ["embeddings.*"],
     }  # fmt: skip
     assert stage["settings"].items() >= expected.items()
     assert stage["metrics"]["calibration_samples"] == 20
