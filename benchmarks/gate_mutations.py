@@ -6,6 +6,7 @@ Small random models of several families are exported, one thing in a graph is ch
 gate runs on what comes out. A change that it misses is tried on a large sample that the gate has not
 seen: if no output moves by more than its own rounding error, the change is *equivalent*, else the
 gate has *missed* it. Changes that leave no runnable graph are *refused*, and count neither way.
+OUT keeps what is done: a run that was stopped goes on, and a larger count adds to a smaller one.
 """
 
 import argparse
@@ -19,65 +20,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import torch
-import transformers
 
-from benchmarks.mutations import KINDS, Random
+from benchmarks.gate_subjects import FAMILIES, HEADS, TWIN_KINDS, Subject, build, twin
+from benchmarks.journal import Journal
+from benchmarks.mutations import KINDS, Mutation, Random
+from benchmarks.row_mutations import ROW_KINDS
 from calib_data.errors import ModelError
 from compress.checkpoint import Checkpoint
-from compress.quantize import QuantizeConfig, dequantized, quantize
-from compress.signature import named_outputs, transformer_signature
-from compress.tasks import get_task
+from compress.quantize import dequantized
+from compress.signature import named_outputs
 from compress.tokens import tokens_of
 from compress.versions import versions
-from export.graph import ExportConfig, build_graph
 from export.linearize import linearized
 from export.parity import check_graphs
-from export.parts import parts
 from export.sessions import open_session, run
-from export.tolerance import errors, pooled_errors
-from export.verdict import BROKEN
 
-_TEXT = {"vocab_size": 101, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "max_position_embeddings": 48,
-}
-_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 48}
-_VIT = {"image_size": 12, "patch_size": 4, "num_channels": 3, "num_labels": 5}
-# name → (model type, task, config, quantization scheme, opset)
-FAMILIES: dict[str, tuple[str, str, dict[str, Any], str | None, int]] = {
-    "encoder": ("bert", "feature-extraction", _TEXT | _SIZES, None, 23),
-    "encoder, opset 18": ("bert", "feature-extraction", _TEXT | _SIZES, None, 18),
-    "classifier": ("bert", "text-classification", _TEXT | _SIZES | {"num_labels": 5}, None, 23),
-    "decoder": ("gpt2", "text-generation", _TEXT | _GPT2, None, 23),
-    "rotary decoder": (
-        "llama", "text-generation", _TEXT | _SIZES | {"num_key_value_heads": 2}, None, 23,
-    ),
-    "vision": ("vit", "image-classification", _SIZES | _VIT, None, 23),
-    "int8 encoder": ("bert", "feature-extraction", _TEXT | _SIZES, "dynamic", 23),
-    "int8 decoder": ("gpt2", "text-generation", _TEXT | _GPT2, "dynamic", 23),
-    "int8 vision": ("vit", "image-classification", _SIZES | _VIT, "dynamic", 23),
-    "static encoder": ("bert", "feature-extraction", _TEXT | _SIZES, "static", 23),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Subject:
-    """An exported model, ready to be mutated."""
-
-    checkpoint: Checkpoint
-    part: Checkpoint
-    content: bytes
-
-    def graph(self) -> ir.Model:
-        """Return a fresh copy of the graph."""
-        return ir.from_proto(onnx.load_from_string(self.content))
+EVERY_KIND: dict[str, Mutation] = {**KINDS, **ROW_KINDS}
+NEW_KINDS = (*ROW_KINDS, *TWIN_KINDS)
+_BROKEN = "does not run"  # how the gate's rules begin where the runtime refused a graph
 
 
 @dataclass(frozen=True)
@@ -94,43 +56,6 @@ class Outcome:
     proof: str = ""
 
 
-class _Sampled:
-    """Calibration data: what the model's signature calls valid inputs."""
-
-    fingerprint = "sampled"
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        samples = (checkpoint.signature.sample(8, 16, seed=seed, ragged=True) for seed in range(4))
-        self._batches = list(samples)
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[Mapping[str, torch.Tensor]]:
-        return iter(self._batches)
-
-
-def build(family: str) -> Subject:
-    """Return the exported model of one family, its weights drawn as large as trained ones."""
-    kind, task, settings, scheme, opset = FAMILIES[family]
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **settings)
-    model = getattr(transformers, get_task(task).auto_class).from_config(config)
-    with torch.no_grad():
-        for value in model.parameters():
-            if value.dim() > 1:
-                value.mul_(3)
-            else:
-                value.add_(torch.randn_like(value), alpha=0.1)
-    model = model.eval()
-    checkpoint = Checkpoint(model, task, transformer_signature(model, model, None))
-    if scheme is not None:
-        checkpoint = quantize(checkpoint, QuantizeConfig(scheme), _Sampled(checkpoint)).checkpoint
-    (part,) = parts(checkpoint).values()
-    graph = build_graph(part, ExportConfig(opset=opset))
-    return Subject(checkpoint, part, bytes(ir.to_proto(graph).SerializeToString()))
-
-
 # --- verdicts -----------------------------------------------------------------------------------
 
 _SHIPPED = "as shipped, "
@@ -145,9 +70,13 @@ def judge(
     seen: set[tuple[str, str, str]],
 ) -> Outcome | None:
     """Mutate one thing and run the gate; None where there is nothing of this kind that was not seen."""
-    model = subject.graph()
-    told = KINDS[kind](model, random)
-    if told is None or (family, kind, told[0]) in seen:
+    if kind in TWIN_KINDS:
+        made = twin(subject, kind, random)
+        model, told = (None, None) if made is None else (made[0], (made[1], ""))
+    else:
+        model = subject.graph() if subject.content else None
+        told = None if model is None else EVERY_KIND[kind](model, random)
+    if model is None or told is None or (family, kind, told[0]) in seen:
         return None
     seen.add((family, kind, told[0]))
     site, module = told[0], told[1].removeprefix("backbone.")
@@ -159,7 +88,7 @@ def judge(
         return Outcome(family, kind, site, module, "refused", proof=str(error)[:200])
     failed = [check for check in report.checks if not check.passed]
     rules = sorted({check.rule.split(":")[0] for check in failed})
-    if all(c.rule.startswith(BROKEN) for c in report.checks if c.session != "file"):
+    if all(c.rule.startswith(_BROKEN) for c in report.checks if c.session != "file"):
         return Outcome(
             family, kind, site, module, "refused", tuple(rules), proof=failed[0].rule[:200]
         )
@@ -169,6 +98,9 @@ def judge(
         if module and report.diverges:
             named = f"{where}.".startswith(f"{module}.") or f"{module}.".startswith(f"{where}.")
         return Outcome(family, kind, site, module, "caught", tuple(rules), named)
+    if not subject.content:
+        proof = "there is no right graph to hold it to"
+        return Outcome(family, kind, site, module, "missed", proof=proof)
     equivalent, proof = prove(subject, path, folder)
     verdict = "equivalent" if equivalent else "missed"
     return Outcome(family, kind, site, module, verdict, proof=proof)
@@ -244,39 +176,90 @@ def _sample(part: Checkpoint) -> Iterator[Mapping[str, torch.Tensor]]:
         yield part.signature.sample(7, length, seed=seed, ragged=past + length > 1, past=past)
 
 
+# two errors of one array: root mean square and largest
+_Errors = tuple[float, float]
+
+
+def errors(found: np.ndarray, y: np.ndarray) -> _Errors:
+    """Return how far `found` is off, infinite where shapes or finiteness differ."""
+    if found.shape != y.shape:
+        return float("inf"), float("inf")
+    difference = found.astype(np.float64) - y
+    if not difference.size:
+        return 0.0, 0.0
+    if not np.isfinite(difference).all():
+        return float("inf"), float("inf")
+    return float(np.sqrt(np.mean(difference**2))), float(np.abs(difference).max())
+
+
+def pooled_errors(found: list[_Errors]) -> _Errors:
+    """Return the root mean square of the first, and the largest of the second."""
+    return float(np.sqrt(np.mean([rms**2 for rms, _ in found]))), max(e for _, e in found)
+
+
 # --- the whole ----------------------------------------------------------------------------------
 
 
-def mutations(count: int, seed: int) -> Iterator[Outcome]:
-    """Yield outcomes until `count` different mutated graphs could be run."""
+def mutations(count: int, seed: int, journal: Journal | None = None) -> Iterator[Outcome]:
+    """Yield outcomes until `count` different mutated graphs could be run.
+
+    What the journal holds is not tried again. Mutation i is drawn from the seed [seed, i], and every
+    other one is of a new kind where the family has one left.
+    """
+    journal = journal or Journal(None, None)
     subjects: dict[str, Subject] = {}
     seen: set[tuple[str, str, str]] = set()
-    names = list(FAMILIES)
+    names = [*FAMILIES, *HEADS]
     ran, index = 0, 0
     with tempfile.TemporaryDirectory() as folder:
         while ran < count:
-            random = np.random.default_rng([seed, index])
-            family, index = names[index % len(names)], index + 1
-            if family not in subjects:
-                subjects[family] = build(family)
-            outcome = None
-            for kind in random.permutation(list(KINDS)):
-                outcome = judge(subjects[family], family, str(kind), random, Path(folder), seen)
-                if outcome is not None:
-                    break
-            assert outcome is not None  # every graph has weights
+            family, number, index = names[index % len(names)], index, index + 1
+            done = journal.get(number)
+            if done is None:
+                if family not in subjects:
+                    subjects[family] = build(family)
+                found = _one(subjects[family], family, [seed, number], Path(folder), seen)
+                done = None if found is None else asdict(found)
+                journal.put(number, value=done or {})
+            if not done:  # all that differs of this family has been tried
+                continue
+            outcome = Outcome(**{**done, "rules": tuple(done["rules"])})
+            seen.add((family, outcome.kind, outcome.site))
             ran += outcome.verdict != "refused"
             yield outcome
 
 
+def _one(
+    subject: Subject,
+    family: str,
+    seed: list[int],
+    folder: Path,
+    seen: set[tuple[str, str, str]],
+) -> Outcome | None:
+    random = np.random.default_rng(seed)
+    kinds = [str(kind) for kind in random.permutation([*EVERY_KIND, *TWIN_KINDS])]
+    if random.integers(2) or not subject.content:
+        kinds.sort(key=lambda kind: kind not in NEW_KINDS)  # stable: each part as it was drawn
+    for kind in kinds:
+        outcome = judge(subject, family, kind, random, folder, seen)
+        if outcome is not None:
+            return outcome
+    return None
+
+
 def summary(outcomes: list[Outcome], seed: int) -> dict[str, Any]:
     """Return the counts per kind, the shares and every mutation that was not caught."""
-    kinds = {}
-    for kind in KINDS:
-        verdicts = Counter(o.verdict for o in outcomes if o.kind == kind)
-        by_outputs = sum(_by_outputs(o) for o in outcomes if o.kind == kind)
-        if verdicts:
-            kinds[kind] = {**verdicts, "caught by outputs alone": by_outputs}
+    kinds: dict[str, dict[str, int]] = {}
+    families: dict[str, dict[str, int]] = {}
+    for field, names, table in (
+        ("kind", (*EVERY_KIND, *TWIN_KINDS), kinds),
+        ("family", (*FAMILIES, *HEADS), families),
+    ):
+        for name in names:
+            listed = [o for o in outcomes if getattr(o, field) == name]
+            counted = Counter(o.verdict for o in listed)
+            if listed:
+                table[name] = {**counted, "caught by outputs alone": sum(map(_by_outputs, listed))}
     verdicts = Counter(o.verdict for o in outcomes)
     judged = verdicts["caught"] + verdicts["missed"]
     named = [o.named for o in outcomes if o.named is not None]
@@ -289,6 +272,7 @@ def summary(outcomes: list[Outcome], seed: int) -> dict[str, Any]:
         "share by outputs alone": sum(map(_by_outputs, outcomes)) / judged if judged else None,
         "module named": {"right": sum(named), "of": len(named)},
         "kinds": kinds,
+        "families": families,
         "outcomes": [asdict(outcome) for outcome in outcomes],
     }
 
@@ -311,14 +295,17 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"{report['equivalent']} more change no output beyond its rounding, and {report['refused']} "
         "left no graph that runs. The report named the module that was touched, one inside it or "
         f"one around it in {report['module named']['right']} of {report['module named']['of']} cases.",
-        "",
-        "| kind | " + " | ".join(columns) + " |",
-        "|---|" + "---:|" * len(columns),
-        *(
-            f"| {kind} | " + " | ".join(str(row.get(c, 0)) for c in columns) + " |"
-            for kind, row in report["kinds"].items()
-        ),
     ]
+    for title, rows in (("kind", report["kinds"]), ("family", report["families"])):
+        lines += [
+            "",
+            f"| {title} | " + " | ".join(columns) + " |",
+            "|---|" + "---:|" * len(columns),
+            *(
+                f"| {name} | " + " | ".join(str(row.get(c, 0)) for c in columns) + " |"
+                for name, row in rows.items()
+            ),
+        ]
     for verdict in ("missed", "equivalent"):
         listed = [o for o in report["outcomes"] if o["verdict"] == verdict]
         lines += ["", f"## {verdict.capitalize()}: {len(listed)}", ""]
@@ -335,7 +322,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     outcomes = []
-    for outcome in mutations(options.count, options.seed):
+    journal = Journal(
+        options.out, ["gate mutations", options.seed, versions(), *EVERY_KIND, *FAMILIES, *HEADS]
+    )
+    for outcome in mutations(options.count, options.seed, journal):
         outcomes.append(outcome)
         if outcome.verdict != "caught":
             print(f"{len(outcomes)} {outcome}", flush=True)
