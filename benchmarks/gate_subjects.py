@@ -61,7 +61,7 @@ class Subject:
         return ir.from_proto(onnx.load_from_string(self.content))
 
 
-class _Sampled:
+class Sampled:
     """Calibration data: what the model's signature calls valid inputs."""
 
     fingerprint = "sampled"
@@ -82,9 +82,9 @@ def build(family: str) -> Subject:
     if family in HEADS:
         return _headed(HEADS[family])
     kind, task, settings, scheme, opset = FAMILIES[family]
-    checkpoint = _checkpoint(kind, task, settings)
+    checkpoint = float_checkpoint(kind, task, settings)
     if scheme is not None:
-        checkpoint = quantize(checkpoint, QuantizeConfig(scheme), _Sampled(checkpoint)).checkpoint
+        checkpoint = quantize(checkpoint, QuantizeConfig(scheme), Sampled(checkpoint)).checkpoint
     return Subject(checkpoint, *_exported(checkpoint, opset))
 
 
@@ -94,8 +94,11 @@ def _exported(checkpoint: Checkpoint, opset: int = 23) -> tuple[Checkpoint, byte
     return part, bytes(ir.to_proto(graph).SerializeToString())
 
 
-def _checkpoint(kind: str, task: str, settings: Mapping[str, Any]) -> Checkpoint:
-    torch.manual_seed(0)
+def float_checkpoint(
+    kind: str, task: str, settings: Mapping[str, Any], seed: int = 0
+) -> Checkpoint:
+    """Return a model of a family, its weights drawn as large as trained ones."""
+    torch.manual_seed(seed)
     config = transformers.AutoConfig.for_model(kind, **settings)
     model = getattr(transformers, get_task(task).auto_class).from_config(config)
     with torch.no_grad():
@@ -180,7 +183,7 @@ def _pooled(hidden: Tensor, mask: Tensor, mode: str) -> Tensor:
 
 
 def _headed(head: Head) -> Subject:
-    plain = _checkpoint("bert", "feature-extraction", _TEXT | _SIZES)
+    plain = float_checkpoint("bert", "feature-extraction", _TEXT | _SIZES)
     torch.manual_seed(1)
     encoder = _Encoder(plain.module, head).eval()
     outputs = ("token_embeddings", "sentence_embedding")
