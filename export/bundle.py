@@ -15,6 +15,7 @@ from compress.checkpoint import Checkpoint, save_processor
 from compress.files import inside, read_json, sha256_file, write_json
 from compress.loading import open_processor
 from compress.signature import Signature
+from export.exactness import ALL, exact_on
 from export.serialize import EXTERNAL_DATA_BYTES, write_model
 
 FORMAT = 1
@@ -102,6 +103,12 @@ class OnnxBundle:
         """The longest sequence it takes, or None for no limit."""
         return self.manifest["max_length"]
 
+    @property
+    def exact_on(self) -> str | None:
+        """The processors on which sums of int8 are exact; None where there are none, or is not known."""
+        found = [graph.get("exact_on") for graph in self.manifest["graphs"].values()]
+        return next((on for on in found if on not in (None, ALL)), ALL if ALL in found else None)
+
     @functools.cached_property
     def processor(self) -> Any:
         """Its tokenizer, its image processor, what holds both, or None."""
@@ -183,6 +190,7 @@ def write_bundle(
         table[name] = {
             "signature": part.signature.to_json(),
             "output": part.output,
+            "exact_on": exact_on(model),
             "files": {file: vars(facts) for file, facts in _save(model, directory, name).items()},
         }
         del model  # the next one is built before this loop's variable is set again

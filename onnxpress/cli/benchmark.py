@@ -15,6 +15,7 @@ from onnxpress.cli.options import (
     common,
     out_option,
 )
+from onnxpress.processor import warn_where_inexact
 from onnxpress.stages import ALSO, ReportChoice, Run, redraw_reports, report_bundles
 from onnxpress.target import parse_shapes
 
@@ -143,6 +144,8 @@ def report_command(
         command=shlex.join(["onnxpress", "benchmark", "report", *_arguments()]),
         config=settings,
     )
+    for _, path in choice.bundles:
+        warn_where_inexact(Path(path))
     report_bundles(choice, out, run)
     show_report(out, output)
 
