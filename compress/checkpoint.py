@@ -45,6 +45,7 @@ class Checkpoint:
     lineage: tuple[Mapping[str, Any], ...] = ()
     sidecars: Mapping[str, bytes] = field(default_factory=dict)  # sentence-transformers files
     factory: str | None = None  # package.module:factory that made the module
+    source: Path | None = None  # the user's own directory, as long as no stage changed the model
 
     @property
     def backbone(self) -> nn.Module:
@@ -113,7 +114,7 @@ class Checkpoint:
     def with_stage(self, stage: str, **details: Any) -> "Checkpoint":
         """Return this checkpoint with one more stage in its lineage."""
         entry = {"stage": stage, "versions": versions(), **details}
-        return replace(self, lineage=(*self.lineage, entry))
+        return replace(self, lineage=(*self.lineage, entry), source=None)
 
 
 @dataclass(frozen=True)

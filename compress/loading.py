@@ -68,6 +68,9 @@ def open_checkpoint(
             "source", model=name if not Path(name).is_dir() else Path(name).resolve().name,
             sha256=weights_sha256(checkpoint.backbone),
         )  # fmt: skip
+        # a manifest's model is ours, and so is a task that the library was not asked for
+        own = None if manifest or trust_remote_code else directory
+        checkpoint = replace(checkpoint, source=own)
     return checkpoint
 
 

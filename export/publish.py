@@ -1,6 +1,7 @@
 """The export stage: build the graphs, pass the gate, publish; or keep the report and publish nothing."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -13,6 +14,8 @@ from export.graph import ExportConfig, build_graph
 from export.parity import ParityReport, check_graphs
 from export.parts import parts
 from export.precision import in_precision
+from export.verdict import joined
+from export.witness import hear_witness
 
 
 def export_onnx(
@@ -44,11 +47,16 @@ def export_onnx(
 
     with staged_directory(destination, overwrite) as staging:
         bundle = write_bundle(built(), checkpoint, config.to_json(), staging)
-        report = check_bundle(checkpoint, bundle, provider, progress)
+        witness = hear_witness(checkpoint, bundle, config.dtype)
+        report = ParityReport(witness.checks)
+        if all(check.passed for check in witness.checks):
+            report = joined([report, check_bundle(checkpoint, bundle, provider, progress)])
+        report = replace(report, witness=witness.entry)
         write_json(staging / "parity.json", report.to_json())
         if not report.passed:
             with destination_errors(kept):
                 write_json(kept, report.to_json())
+        witness.raise_if_failed()
         report.raise_if_failed()
     kept.unlink(missing_ok=True)
     return open_bundle(destination), report

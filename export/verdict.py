@@ -54,6 +54,7 @@ class ParityReport:
     # int8 only, judged with fixed steps: how much padding a row changes an output, relative to its size
     padding_drift: Mapping[str, float] = field(default_factory=dict)
     branch: str | None = None  # that it is right on one side of a length alone
+    witness: Mapping[str, Any] | None = None  # the library that was asked, or why none was
 
     @property
     def passed(self) -> bool:
@@ -71,6 +72,7 @@ class ParityReport:
             "rule": {"false alarms": FALSE_ALARMS, "draws": DRAWS, "int8 noise": NOISE},
             "diverges": self.diverges,
             "branch": self.branch,
+            "witness": None if self.witness is None else dict(self.witness),
             "padding_drift": dict(self.padding_drift),
             "checks": [{**asdict(check), "passed": check.passed} for check in self.checks],
         }

@@ -371,6 +371,7 @@ def export_model(
         "stage": "export",
         "path": str(out),
         "bytes": bundle.size_bytes,
+        "exact_on": bundle.exact_on,
         "graphs": {
             name: {
                 "bytes": graph.size_bytes,
@@ -380,6 +381,7 @@ def export_model(
             for name, graph in bundle.graphs.items()
         },
         "parity": {"passed": report.passed, "checks": len(report.checks), "worst": vars(worst)},
+        "witness": report.witness,
     }
 
 

@@ -13,6 +13,7 @@ from onnxpress.cli.options import (
     out_option,
     provider_option,
 )
+from onnxpress.processor import warn_where_inexact
 from onnxpress.stages import ModelChoice, Run, export_model
 
 
@@ -74,6 +75,7 @@ def validate_command(
     from export.publish import check_bundle
 
     opened = None if bundle.is_file() else open_bundle(bundle)
+    warn_where_inexact(bundle)
     with run.progress("verify", None) as advance:
         if opened is None:
             report = check_foreign(model.open(), bundle, provider, advance)
@@ -104,6 +106,7 @@ def inspect_command(
     """
     from export.placement import inspect_graphs, require_products
 
+    warn_where_inexact(bundle)
     with run.progress("inspect", None):
         found = inspect_graphs(bundle, provider, (batch, length))
     graphs = {name: placement.to_json() for name, placement in found.items()}
@@ -161,6 +164,7 @@ def generate_command(
         top_p=top_p,
         seed=run.seed,
     )
+    warn_where_inexact(bundle)
     with run.progress("generate", max_new_tokens) as advance:
         texts, made = generate_text(
             open_bundle(bundle), prompts, config, provider, threads, advance
@@ -177,6 +181,8 @@ def generate_command(
 
 
 def _export_text(result: dict[str, Any]) -> str:
+    from export.witness import told_witness
+
     worst = result["parity"]["worst"]
     graphs = [
         f"{result['path']}/{name}.onnx: {graph['bytes'] / 1e6:.1f} MB, "
@@ -184,9 +190,12 @@ def _export_text(result: dict[str, Any]) -> str:
         for name, graph in result["graphs"].items()
     ]
     return "".join(graphs) + (
-        f"parity: {result['parity']['checks']} checks passed; nearest to its bound: "
+        f"int8 sums exact on: {result['exact_on']}\n"
+        * bool(result["exact_on"])
+        + f"parity: {result['parity']['checks']} checks passed; nearest to its bound: "
         f"{worst['output']} at {worst['case']} ({worst['rule']}), "
-        f"error {worst['rms']:.2g} of {worst['rms_allowed']:.2g} allowed"
+        f"error {worst['rms']:.2g} of {worst['rms_allowed']:.2g} allowed\n"
+        f"{told_witness(result['witness'])}"
     )
 
 
