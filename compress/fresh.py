@@ -33,8 +33,10 @@ def unchanged(module: nn.Module) -> Iterator[list[str]]:
     ]
     copies = {id(b): b.detach().clone() for b in module.buffers() if b.numel() <= _SMALL}
     configs = {id(c): (c, _plain(vars(c))) for c in _configs(module)}
+    failed = True
     try:
         yield changed
+        failed = False
     finally:
         for name, part, state in before:
             changed += _restore(name, part, state)
@@ -48,6 +50,8 @@ def unchanged(module: nn.Module) -> Iterator[list[str]]:
                 continue
             changed.append(name)
             if id(tensor) not in copies:
+                if failed:  # which says more than that the weights are not as they were
+                    continue
                 raise ModelError(
                     f"running the model writes into {name}, so no two runs of it are alike; "
                     "make it leave its weights as they are in eval mode"
