@@ -267,13 +267,15 @@ def _open_graph(model: str, place: Place) -> Loaded:
     decoding: list[Any] = []  # opened when tokens are first asked for
 
     def generate(batch: Arrays) -> Tokens:
+        from transformers import GenerationConfig
+
         from export.bundle import open_bundle
-        from export.generate import GenerateConfig, generate, open_decoding
+        from export.generate import generate, open_decoding
 
         if not decoding:
             decoding.append(open_decoding(open_bundle(path), place.provider, place.threads))
-        config = GenerateConfig(max_new_tokens=int(batch[NEW]), ignore_end=True)
-        made = generate(decoding[0], batch["input_ids"].tolist(), config)
+        settings = GenerationConfig(max_new_tokens=int(batch[NEW]), pad_token_id=0)
+        made = generate(decoding[0], batch["input_ids"].tolist(), settings)
         return Tokens(np.array(made.tokens))
 
     return Loaded(

@@ -101,7 +101,9 @@ class Checkpoint:
         """Run the module on the entries of `batch` that it takes; return its outputs by name."""
         inputs = {name: batch[name] for name in self.signature.names if name in batch}
         missing = [name for name in self.signature.names if name not in inputs]
-        if missing and missing != ["token_type_ids"]:  # which all models default to zeros
+        # token types default to zeros where there is a table of them
+        typed = getattr(self.config, "type_vocab_size", None) is not None
+        if missing and not (typed and missing == ["token_type_ids"]):
             raise ModelError(f"the batch has no {missing[0]}; it holds {', '.join(batch)}")
         return named_outputs(self.module, inputs)
 

@@ -10,7 +10,7 @@ from calib_data.sources import Examples
 from compress.checkpoint import Checkpoint, weights_sha256
 from compress.files import read_json
 from compress.heads import Classes, new_model, seeded
-from compress.loading import check_checkpoint, image_shape, open_processor
+from compress.loading import check_checkpoint, image_shape, open_processor, takes_images
 from compress.signature import positions_of, transformer_signature
 from compress.tasks import Task
 
@@ -67,7 +67,7 @@ def checkpoint_from_config(
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{path}: no model can be made of it: {reason}") from error
     if processor is None:
-        processor = image_shape(module)
+        processor = image_shape(module) if takes_images(module) else None
     elif positions_of(module) is not None:
         processor.model_max_length = min(processor.model_max_length, positions_of(module) or 0)
     checkpoint = Checkpoint(
@@ -86,7 +86,7 @@ def _tokenizer(path: Path, config: Any, tokenizer: str | None, examples: Example
             text for role in ("text", "text_pair") if role in examples.roles
             for text in examples.column(role)
         )  # fmt: skip
-    found = open_processor(Path(tokenizer) if tokenizer else path.parent, None)
+    found = open_processor(Path(tokenizer) if tokenizer else path.parent, text=True, images=False)
     if found is None:
         raise ConfigError(
             f"{tokenizer or path.parent} holds no tokenizer; pass --tokenizer DIRECTORY, or "

@@ -18,7 +18,12 @@ from compress.adapters import adapter_skeleton_, longest_adapted
 from compress.checkpoint import FORMAT, MANIFEST, Checkpoint, weights_sha256
 from compress.files import inside, read_json, sha256_file
 from compress.sentence import is_sentence_directory, read_modules, sidecars, wrap_backbone
-from compress.signature import factory_signature, has_towers, transformer_signature
+from compress.signature import (
+    config_pixels,
+    factory_signature,
+    has_towers,
+    transformer_signature,
+)
 from compress.surgery import resize_
 from compress.tasks import CUSTOM, Task, get_task, task_of
 
@@ -158,7 +163,14 @@ def _open_transformer(
     else:
         module = _from_pretrained(home, task, config, trust)
     module.eval()
-    processor = open_processor(home, image_shape(module), trust, text=has_towers(module))
+    processor = open_processor(
+        home,
+        trust,
+        text=not takes_images(module) or has_towers(module),
+        images=takes_images(module),
+    )
+    if processor is None and takes_images(module) and not has_towers(module):
+        processor = image_shape(module)
     limits = home / "sentence_bert_config.json"
     if limits.is_file() and processor is not None and read_json(limits).get("max_seq_length"):
         processor.model_max_length = int(read_json(limits)["max_seq_length"])
@@ -228,7 +240,7 @@ def _from_pretrained(directory: Path, task: Task, config: Any, trust: bool) -> n
 
     auto = getattr(transformers, task.auto_class)
     try:
-        with _quiet():
+        with quiet_libraries():
             module, info = auto.from_pretrained(
                 directory,
                 config=config,
@@ -321,13 +333,10 @@ def load_strictly_(module: nn.Module, weights: Mapping[str, Tensor], where: str)
             own[name].copy_(value)
 
 
-def open_processor(
-    directory: Path, image: ImageShape | None, trust: bool = False, *, text: bool = False
-) -> Any:
-    """Return the tokenizer in `directory`, or for a model of images the image processor.
+def open_processor(directory: Path, trust: bool = False, *, text: bool, images: bool) -> Any:
+    """Return the tokenizer in `directory` or the image processor, whichever the model takes.
 
-    For one that takes `text` and images, what holds both, or the one there is. Where there is none,
-    `image` for a model of images alone, else None.
+    For one that takes both, what holds both, or the one there is; None where there is none.
     """
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
@@ -335,32 +344,32 @@ def open_processor(
         return any((directory / name).is_file() for name in names)
 
     openers: dict[str, Any] = {}
-    if (text or not image) and has(
-        "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json"
-    ):
+    if text and has("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json"):
         openers["tokenizer"] = AutoTokenizer
-    if image and has("preprocessor_config.json", "processor_config.json"):
+    if images and has("preprocessor_config.json", "processor_config.json"):
         openers["image processor"] = AutoImageProcessor
     if not openers:
-        return None if text else image
+        return None
     kind = " and ".join(openers)
     opener = AutoProcessor if len(openers) == 2 else openers[kind]
     try:
-        with _quiet():
+        with quiet_libraries():
             return opener.from_pretrained(directory, trust_remote_code=trust)
     except Exception as error:  # a broken tokenizer.json raises a bare Exception
         raise ModelError(f"{directory}: the {kind} cannot be read: {_line(error)}") from error
 
 
+def takes_images(module: Any) -> bool:
+    """Whether `module` takes images, alone or beside text."""
+    return getattr(module, "main_input_name", "") == "pixel_values" or has_towers(module)
+
+
 def image_shape(module: Any) -> ImageShape | None:
-    """Return the size of the images that `module` takes, or None where it takes text alone."""
-    if getattr(module, "main_input_name", "") != "pixel_values" and not has_towers(module):
+    """Return what stands for an image processor where there is none: the size in config.json."""
+    if (told := config_pixels(module)) is None:
         return None
-    vision = getattr(module.config, "vision_config", module.config)
-    size = vision.image_size
-    return ImageShape(
-        size if isinstance(size, int) else size[0], getattr(vision, "num_channels", 3)
-    )
+    channels, height, width = told
+    return ImageShape(height, channels) if height == width else None
 
 
 # --- factories ----------------------------------------------------------------------------------
@@ -446,7 +455,7 @@ def check_checkpoint(checkpoint: Checkpoint, name: str) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Keep transformers' loading chatter off the terminal: differences are reported here, strictly."""
     from transformers.utils import logging as hf_logging
 

@@ -99,7 +99,7 @@ def subset(tokenizer: Any, kept: Sequence[int]) -> Any:
             added = settings["added_tokens_decoder"].items()
             settings["added_tokens_decoder"] = {str(places[int(k)]): v for k, v in added}
         write_json(directory / "tokenizer_config.json", settings)
-        made = open_processor(directory, None)
+        made = open_processor(directory, text=True, images=False)
     made.model_max_length = tokenizer.model_max_length
     made.name_or_path = tokenizer.name_or_path
     if made.get_vocab() != expected:

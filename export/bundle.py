@@ -114,9 +114,10 @@ class OnnxBundle:
         """Its tokenizer, its image processor, what holds both, or None."""
         items = [item for graph in self.graphs.values() for item in graph.signature.inputs]
         pixels = [item.shape for item in items if item.kind == "pixels"]
-        image = ImageShape(pixels[0][2], pixels[0][1]) if pixels else None
         text = any(item.kind == "ids" for item in items)
-        processor = open_processor(self.path, image, text=text)
+        processor = open_processor(self.path, text=text, images=bool(pixels))
+        if processor is None and pixels and not text:
+            processor = ImageShape(pixels[0][2], pixels[0][1])
         if hasattr(processor, "model_max_length") and self.max_length is not None:
             processor.model_max_length = self.max_length
         return processor

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from calib_data.errors import ModelError
 from compress.checkpoint import Checkpoint
 from compress.signature import Input, forward_names
 from compress.wrapper import Wrapper
@@ -117,6 +118,7 @@ def with_cache(checkpoint: Checkpoint) -> dict[str, Checkpoint]:
     shapes = layer_shapes(probe(checkpoint), PROBED)
     if not shapes:
         return {}
+    _refuse_more(checkpoint)
     tokens = ((0, "batch"), (1, "sequence"))
     inputs = [
         Input("input_ids", "ids", tokens, (2, 16)),
@@ -132,6 +134,20 @@ def with_cache(checkpoint: Checkpoint) -> dict[str, Checkpoint]:
     signature = replace(checkpoint.signature, inputs=tuple(inputs), outputs=tuple(outputs))
     module = CachedDecoder(checkpoint.backbone).eval()
     return {"model": replace(checkpoint, module=module, signature=signature)}
+
+
+def _refuse_more(checkpoint: Checkpoint) -> None:
+    """Raise `ModelError` for a decoder that is given more than its tokens, step by step."""
+    known = {"input_ids", "attention_mask"}
+    if getattr(checkpoint.config, "type_vocab_size", None) is not None:
+        known.add("token_type_ids")  # zeros in a text alone, which is their default
+    for name in checkpoint.signature.names:
+        if name not in known:
+            raise ModelError(
+                f"the model's own tokenizer makes {name}, which {type(checkpoint.backbone).__name__} "
+                "adds to its embeddings and a decoder with a cache does not take here; if it was "
+                f"trained without, leave {name} out of model_input_names in tokenizer_config.json"
+            )
 
 
 def probe(checkpoint: Checkpoint) -> Any:

@@ -19,7 +19,7 @@ import torch
 from calib_data.batches import ImageShape
 from calib_data.errors import ParityError
 from compress.checkpoint import Checkpoint
-from compress.loading import open_processor
+from compress.loading import quiet_libraries
 from compress.sentence import SentenceEncoder, is_sentence_directory
 from compress.signature import has_towers, named_outputs
 from export.bundle import OnnxBundle
@@ -35,7 +35,7 @@ _TEXTS = (
     "Not one of the three dogs ran to the green house when it was blue, 12 miles away & small.",
     "a small red bird flew over the tree and under the large house; " * 40,  # beyond most limits
 )
-_FED = {"input_ids", "attention_mask", "token_type_ids", "pixel_values"}
+_FED = {"input_ids", "attention_mask", "token_type_ids", "bbox", "pixel_values"}
 
 Answers = list[dict[str, np.ndarray]]
 
@@ -89,7 +89,8 @@ def hear_witness(checkpoint: Checkpoint, bundle: OnnxBundle, dtype: str) -> Witn
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        kind, inputs, answers = hear(checkpoint)
+        with quiet_libraries():
+            kind, inputs, answers = hear(checkpoint)
     except Exception as error:  # of a library: no common type
         reason = " ".join(str(error).split())[:160]
         return _none(f"{name} does not answer: {type(error).__name__}: {reason}")
@@ -98,8 +99,7 @@ def hear_witness(checkpoint: Checkpoint, bundle: OnnxBundle, dtype: str) -> Witn
     entry = {"library": name, "version": importlib.metadata.version(name), "class": kind}
     sides: dict[str, Answers] = {"PyTorch": _run(inputs, processor, checkpoint, checkpoint.predict)}
     if dtype == "fp32" and "model" in bundle.graphs and set(bundle.signature.names) <= _FED:
-        own = open_processor(bundle.path, _shape(checkpoint))
-        sides["ONNX Runtime"] = _run(inputs, own, checkpoint, _session(bundle))
+        sides["ONNX Runtime"] = _run(inputs, bundle.processor, checkpoint, _session(bundle))
     checks = list(_compared(sides, answers))
     worst = max(checks, key=lambda found: found[0].rms)
     told: dict[str, Any] = {
@@ -184,7 +184,13 @@ def _prepared(inputs: Sequence[Any], processor: Any, checkpoint: Checkpoint) -> 
         return dict(processor(list(inputs), return_tensors="pt"))
     limit = checkpoint.max_length
     cut = {"truncation": True, "max_length": limit} if limit else {}
-    return dict(processor(list(inputs), padding=len(inputs) > 1, return_tensors="pt", **cut))
+    made = dict(processor(list(inputs), padding=len(inputs) > 1, return_tensors="pt", **cut))
+    ids = made["input_ids"]
+    drawn = checkpoint.signature.sample(*ids.shape)
+    for item in checkpoint.signature.inputs:
+        if item.kind == "boxes":  # where a token stands in a page, no text says
+            made.setdefault(item.name, drawn[item.name])
+    return made
 
 
 def _run(
@@ -231,12 +237,6 @@ def _session(bundle: OnnxBundle) -> Callable[[dict[str, Any]], dict[str, np.ndar
 
 def _zeros(batch: Mapping[str, Any]) -> np.ndarray:
     return np.zeros(batch["input_ids"].shape, np.int64)  # token types, which default to zeros
-
-
-def _shape(checkpoint: Checkpoint) -> ImageShape | None:
-    from compress.loading import image_shape
-
-    return image_shape(checkpoint.backbone)
 
 
 def _compared(

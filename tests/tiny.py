@@ -226,6 +226,8 @@ def tiny_checkpoint(family: str, task: str = "feature-extraction", **changes: An
     model = tiny_model(family, getattr(transformers, get_task(task).auto_class), **changes)
     vision = family in VISION
     processor = ImageShape(model.config.image_size, 3) if vision else tiny_tokenizer()
+    if not vision and not getattr(model.config, "type_vocab_size", 0):
+        processor.model_input_names = ["input_ids", "attention_mask"]
     return Checkpoint(model, task, transformer_signature(model, model, processor), processor)
 
 

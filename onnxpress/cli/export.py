@@ -123,37 +123,36 @@ def inspect_command(
     required=True,
     help="Text to go on from; repeat for a batch.",
 )
-@click.option("--max-new-tokens", type=int, default=128, show_default=True)
+@click.option("--max-new-tokens", type=int, help="Default: the model's own limit, or 128.")
+@click.option("--beams", type=int, help="How many beams are searched; 1 for none.")
 @click.option(
     "--temperature",
     type=float,
-    default=0.0,
-    show_default=True,
-    help="0: always the likeliest token.",
+    help="0: always the likeliest token; above 0: sample.",
 )
-@click.option("--top-k", type=int, default=0, help="Sample among this many likeliest tokens.")
-@click.option(
-    "--top-p",
-    type=float,
-    default=1.0,
-    help="Sample among the likeliest tokens of this probability.",
-)
+@click.option("--top-k", type=int, help="Sample among this many likeliest tokens; 0 for all.")
+@click.option("--top-p", type=float, help="Sample among the likeliest tokens of this probability.")
 @click.option("--threads", type=int, help="Default: ONNX Runtime's own choice.")
 @provider_option
 @common
 def generate_command(
     bundle: Path,
     prompts: tuple[str, ...],
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
+    max_new_tokens: int | None,
+    beams: int | None,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
     threads: int | None,
     provider: str,
     run: Run,
     output: Output,
 ) -> None:
-    """Continue text with the decoder in BUNDLE, greedily or by sampling."""
+    """Continue text with the decoder in BUNDLE, as transformers' generate does.
+
+    What no option says, the model's generation_config.json does: forced and suppressed tokens,
+    penalties, beams, sampling, lengths.
+    """
     from export.bundle import open_bundle
     from export.generate import GenerateConfig, generate_text
 
@@ -162,17 +161,19 @@ def generate_command(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        beams=beams,
         seed=run.seed,
     )
     warn_where_inexact(bundle)
     with run.progress("generate", max_new_tokens) as advance:
-        texts, made = generate_text(
+        texts, made, settings = generate_text(
             open_bundle(bundle), prompts, config, provider, threads, advance
         )
     output.show(
         {
             "texts": texts,
             "tokens": [list(row) for row in made.tokens],
+            "settings": settings,
             "prompt_seconds": made.prompt_seconds,
             "tokens_per_second": made.tokens_per_second,
         },

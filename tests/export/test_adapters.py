@@ -9,7 +9,7 @@ import torch
 from calib_data.errors import ParityError
 from compress.loading import open_checkpoint
 from export.bundle import open_bundle
-from export.generate import GenerateConfig, generate, open_decoding
+from export.generate import GenerateConfig, generate, open_decoding, settings_of
 from export.graph import ExportConfig
 from export.publish import check_bundle, export_onnx
 from tests.compress.test_adapters import CLASSIFIER, DECODER, adapted
@@ -53,7 +53,8 @@ def test_a_prefix_is_not_seen_in_the_cache(tmp_path: Path) -> None:
     export_onnx(made, tmp_path / "onnx", ExportConfig())
     prompts = [[7, 8, 9, 10], [11, 12]]
     config = GenerateConfig(max_new_tokens=5)
-    found = generate(open_decoding(open_bundle(tmp_path / "onnx")), prompts, config)
+    bundle = open_bundle(tmp_path / "onnx")
+    found = generate(open_decoding(bundle), prompts, settings_of(bundle, config))
     for prompt, tokens in zip(prompts, found.tokens):
         ids = list(prompt)
         for token in tokens:  # without a cache, and without padding

@@ -37,6 +37,7 @@ def invoke(*words: object) -> Result:
 def must(*words: object) -> dict:
     result = invoke(*words, "--json")
     assert result.exit_code == 0, result.output
+    assert "Loading weights" not in result.stderr, "a library's own progress bar"
     return json.loads(result.stdout)
 
 
